@@ -35,6 +35,8 @@ CODES: Final = tuple(_NAMES)
 ITEM_BYTES: Final = {code: np.dtype(name).itemsize for code, (_, name) in _NAMES.items()}
 # The dtypes of float weights.
 FLOAT_CODES: Final = ("BF16", "F16", "F32")
+# The dtypes of tables of integers, which no scheme quantizes.
+INTEGER_CODES: Final = ("I64",)
 
 
 def torch_name(code: str) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                       /dev/shm (the program's own speed), then build/ (the disk's)
     python benchmarks/convert.py --directory build --experts 16 --source bf16 --method mse
+    python benchmarks/convert.py --dtype fp4           experts in FP4 with E8M0 scales, as DeepSeek-V4's
 
 Makes a checkpoint with one layer of random routed experts of DeepSeek-V3's size (hidden 7168, moe 2048) and converts it
 to W4A8, into two shards (`--shards`): neighbouring shards are filled and hashed together, and real conversions write
@@ -38,6 +39,7 @@ from measure.machine import as_json
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.hashes import ShardHashes
 from npuq.convert.write.shards import ShardFiles
+from npuq.dtypes import code_of
 from npuq.formats.digests import Digest
 from npuq.formats.safetensors import encode_header
 from npuq.formats.sources.weights import RowBytes
@@ -55,8 +57,8 @@ def main() -> None:
         action="append",
         help="where source and artifact are written; default /dev/shm and build",
     )
-    parser.add_argument("--experts", type=int, default=48, help="44 MB of FP8 source each")
-    parser.add_argument("--source", choices=["fp8", "bf16"], default="fp8")
+    parser.add_argument("--experts", type=int, default=48, help="44 MB of FP8 source each, 23 of FP4")
+    parser.add_argument("--source", "--dtype", choices=["fp8", "bf16", "fp4"], default="fp8")
     parser.add_argument("--method", choices=["minmax", "mse"], action="append", help="default both")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--shards", type=int, default=2, help="output files of about the same size")
@@ -116,6 +118,8 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
     }
     if kind == "fp8":
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    if kind == "fp4":
+        config["expert_dtype"] = "fp4"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     layer = "model.layers.0."
@@ -137,6 +141,12 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
     # One Gaussian matrix a projection, shared by all experts.
     for projection, shape in shapes.items():
         weight = _normal(*shape)
+        if kind == "fp4":
+            codes, scale = _fp4(weight)
+            for expert in range(experts):
+                module = f"{layer}mlp.experts.{expert}.{projection}"
+                tensors[f"{module}.weight"], tensors[f"{module}.scale"] = codes, scale
+            continue
         blocks = weight.float().view(shape[0] // BLOCK, BLOCK, shape[1] // BLOCK, BLOCK)
         # As in DeepSeek's checkpoints: the largest weight of each block is e4m3's largest number.
         scale = blocks.abs().amax(dim=(1, 3)) / 448
@@ -146,8 +156,7 @@ def write_source(directory: Path, experts: int, kind: str) -> None:
             tensors[name] = codes if kind == "fp8" else weight
             if kind == "fp8":
                 tensors[name + "_scale_inv"] = scale
-    codes_of = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
-    entries = [(name, codes_of[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries = [(name, code_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with (directory / "model.safetensors").open("wb") as file:
         file.write(encode_header(entries, {"format": "pt"}))
         for tensor in tensors.values():
@@ -267,6 +276,18 @@ def memory_peaks() -> Iterator[dict[str, int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def _fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two E2M1 a byte, and the least power of two for each 32 inputs that leaves nothing out of range."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    exponent = (groups.abs().amax(2) / 6).log2().ceil()
+    scaled = groups / exponent.exp2()[..., None]
+    # Halfway between the neighbours of 0, ½, 1, 1½, 2, 3, 4, 6.
+    code = torch.bucketize(scaled.abs(), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    nibbles = (code + 8 * (scaled < 0)).flatten(1).to(torch.uint8)
+    scale = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int8).contiguous(), scale
 
 
 def _normal(*shape: int) -> torch.Tensor:

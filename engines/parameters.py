@@ -18,6 +18,7 @@ from ..formats.schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET
 from ..models.config import ModelConfig, text_config
 from ..models.config_reader import shown
 from ..models.family import Block, Family
+from ..models.hash_moe import HashMoe
 from ..models.moe import DenseFirst
 from ..models.roles import Role
 from ..models.tensors import ModelTensors, Spec
@@ -224,7 +225,7 @@ def parameter_problems(engine: str, raw: Mapping[str, Any], schemes: Mapping[str
     yield from (f"config.json: {problem}" for problem in _misread(model, text_config(raw), config, names))
     main, draft = main_tensors(model, raw, schemes), draft_tensors(model, raw, schemes)
     yield from _missing(sorted(filter(is_described, main.needed - names)), "")
-    if any(config.family.layer_of(name) in model.drafts(config) for name in names):
+    if any(config.layer_of(name) in model.drafts(config) for name in names):
         yield from _missing(sorted(filter(is_described, draft.needed - names)), " of the MTP draft")
     surplus = {name for name in names - main.needed - main.optional if not config.family.passes_through(name)}
     refused = sorted(name for name in surplus if model.refuses(name) and not _skipped(model, config, name))
@@ -242,7 +243,7 @@ def draft_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme])
         return
     main = config.num_hidden_layers
     quantized = (name for name, scheme in schemes.items() if scheme is not Scheme.FLOAT)
-    if any((layer := config.family.layer_of(name)) is not None and layer >= main for name in quantized):
+    if any((layer := config.layer_of(name)) is not None and layer >= main for name in quantized):
         yield "the MTP draft finds no scheme of its quantized linears and does not load: serve without speculation"
 
 
@@ -253,7 +254,7 @@ def indexer_notes(
     model = MODELS[engine].get(config.family.architecture)
     if model is None or not model.indexes_everywhere or config.attention.dense_tokens is None:
         return
-    own = (config.family.name(Block.ATTENTION, "index_q", layer) for layer in range(config.num_hidden_layers))
+    own = (config.name(Block.ATTENTION, "index_q", layer) for layer in range(config.num_hidden_layers))
     lacking = [name for name in own if name not in schemes]
     if lacking:
         yield (
@@ -270,13 +271,27 @@ def dense_notes(
     model = MODELS[engine].get(config.family.architecture)
     if model is None or not model.floats_dense:
         return
-    gates = (config.family.name(Block.DENSE, "gate", layer) for layer in range(config.num_hidden_layers))
+    gates = (config.name(Block.DENSE, "gate", layer) for layer in range(config.num_hidden_layers))
     quantized = [name for name in gates if schemes.get(name, Scheme.FLOAT) is not Scheme.FLOAT]
     if quantized:
         yield (
             model.floats_dense,
             f"{len(quantized)} dense layer(s) are quantized, and the engine takes them for unquantized and ends at "
             f"{quantized[0]!r}: serve with another release, or convert with dense_mlp in FLOAT",
+        )
+
+
+# Releases whose quantized routed experts compute silu(gate) · up without a limit.
+_UNCLAMPED: Final[Mapping[str, tuple[str, ...]]] = {"vllm-ascend": ("0.23.0",), "sglang": ("0.5.23",)}
+
+
+def clamp_notes(engine: str, config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A line where releases of `engine` leave out the limit of the routed experts' activations, and the releases."""
+    if isinstance(config.moe, HashMoe):
+        yield (
+            _UNCLAMPED[engine],
+            f"the routed experts are computed without swiglu_limit {config.moe.swiglu_limit:g}, which costs accuracy: "
+            "serve with vllm-ascend 0.30.0rc2",
         )
 
 
@@ -292,7 +307,7 @@ def key_problems(
     if model is None or not model.turns_draft_input:
         return
     drafts = model.drafts(config)
-    if keys.get("is_rot_used") and any(config.family.layer_of(name) in drafts for name in schemes):
+    if keys.get("is_rot_used") and any(config.layer_of(name) in drafts for name in schemes):
         yield (
             model.turns_draft_input,
             "is_rot_used is true in the description: the MTP draft would multiply hidden states by rot.weight. An "
@@ -326,7 +341,7 @@ def _misread(model: EngineModel, raw: Mapping[str, Any], config: ModelConfig, na
             yield f"{key} is {shown(raw[key])}: the engine would not start; write a value of type {kind.__name__}"
     if "num_nextn_predict_layers" in raw and raw["num_nextn_predict_layers"] is None:
         yield "num_nextn_predict_layers is null: the engine would not start; write a number"
-    head = config.family.name(Block.TOP, "head")
+    head = config.name(Block.TOP, "head")
     if model.ties_head and config.tie_word_embeddings and head in names:
         yield f"tie_word_embeddings is true: the engine would read over the stored {head!r}; write false"
 
@@ -349,7 +364,7 @@ def _with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 def _skipped(model: EngineModel, config: ModelConfig, name: str) -> bool:
     """True where the main model skips a tensor because of its layer."""
-    layer = config.family.layer_of(name)
+    layer = config.layer_of(name)
     if layer is None or layer < config.num_hidden_layers:
         return False
     return model.skips_uncounted or layer in _counted(config)

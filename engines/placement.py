@@ -20,7 +20,15 @@ from ..formats.schemes import BIAS_COLUMNS, Scheme
 from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.tensors import Spec
-from .parameters import dense_notes, draft_notes, indexer_notes, key_problems, parameter_problems, refused_names
+from .parameters import (
+    clamp_notes,
+    dense_notes,
+    draft_notes,
+    indexer_notes,
+    key_problems,
+    parameter_problems,
+    refused_names,
+)
 from .requirements import sparse_layers
 
 # The NPU's W4A8 grouped matmul takes multiples of so many input features (CANN's tiling of aclnnGroupedMatmul).
@@ -228,7 +236,12 @@ def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme
     cannot load the artifact while another does."""
     for note in draft_notes(engine, config, schemes):
         yield f"{tested_releases(engine)}: {note}"
-    for releases, note in (*indexer_notes(engine, config, schemes), *dense_notes(engine, config, schemes)):
+    notes = (
+        *indexer_notes(engine, config, schemes),
+        *dense_notes(engine, config, schemes),
+        *clamp_notes(engine, config),
+    )
+    for releases, note in notes:
         yield f"{engine} {' and '.join(releases)}: {note}"
 
 
@@ -277,7 +290,7 @@ def broken_requirements(engine: str, placement: Placement) -> Iterator[str]:
 def _expert_scheme(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Scheme | None:
     found = set()
     for layer in filter(config.moe_at, range(config.num_hidden_layers)):
-        scheme = schemes.get(config.family.name(Block.EXPERT, "down", layer, expert=0))
+        scheme = schemes.get(config.name(Block.EXPERT, "down", layer, expert=0))
         if scheme is not None:
             found.add(scheme)
     # One W4A8 layer is enough for the requirements on W4A8.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..errors import ArtifactError
 from ..inputs.files import inside, is_inside
@@ -14,7 +14,8 @@ from ..inputs.forms import Each, Items, Keys, check_form, is_count, is_number, i
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName, Sha256
 from ..models.config import TEXT_CONFIG, with_text_keys
-from ..models.families import is_known
+from ..models.families import FAMILIES, is_known
+from ..models.family import Block
 from ..models.recognition import type_as_text
 from .schemes import Scheme
 
@@ -98,6 +99,15 @@ def shard_name(number: int, count: int) -> str:
     )
 
 
+# Tensors of a family that are no module's, as DeepSeek-V4's hc_head_fn.
+_WITHOUT_MODULE: Final = frozenset(
+    entry.name
+    for family in FAMILIES.values()
+    for entry in family.entries(Block.TOP)
+    if "." not in entry.name and not family.prefix
+)
+
+
 def is_described(name: str) -> bool:
     """False for the bias of a norm: no description of npuq's lists it.
 
@@ -160,7 +170,7 @@ def read_description(directory: Path) -> dict[str, Scheme] | None:
     result = {}
     for name, value in types.items():
         # ModelSlim adds global keys from release to release; only those that name a tensor matter here.
-        if "." not in name:
+        if not _names_tensor(name):
             continue
         try:
             result[name] = Scheme(value)
@@ -177,7 +187,12 @@ def read_description_keys(directory: Path) -> dict[str, Any]:
     """
     path = description_path(directory)
     entries = {} if path is None else read_object(inside(directory, path.name, ArtifactError), ArtifactError)
-    return {name: value for name, value in entries.items() if "." not in name}
+    return {name: value for name, value in entries.items() if not _names_tensor(name)}
+
+
+def _names_tensor(name: str) -> bool:
+    """True for a key of a description that names a tensor: one with a module, or one of a family without."""
+    return "." in name or name in _WITHOUT_MODULE
 
 
 def artifact_config(
@@ -186,15 +201,16 @@ def artifact_config(
     """The artifact's config.json, from the source's.
 
     `quantization_config` is removed, under text_config too, because both engines would follow it and ignore the
-    description. `quantize`, `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized,
-    among the text model's keys: vLLM-Ascend's fused paths read them there.
+    description; so is DeepSeek-V4's `expert_dtype`, by which int8 codes would be read as FP4. `quantize`,
+    `moe_quantize` and, with MTP layers, `mtp_quantize` are added where the part is quantized, among the text model's
+    keys: vLLM-Ascend's fused paths read them there.
     """
     result = copy.deepcopy(dict(config))
     schemes = (linear, experts, mtp_experts)
     marks = {key: value for key, scheme in zip(MARKS, schemes, strict=True) if (value := _CONFIG_QUANTIZE.get(scheme))}
     for part in (result, result.get(TEXT_CONFIG)):
         if isinstance(part, dict):
-            for key in ("quantization_config", *MARKS):
+            for key in ("quantization_config", "expert_dtype", *MARKS):
                 part.pop(key, None)
     return with_text_keys(result, marks)
 

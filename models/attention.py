@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .config_reader import ConfigReader
 
@@ -53,11 +53,14 @@ class AttentionWidths(Protocol):
     def dense_tokens(self) -> int | None:
         """The longest sequence in which every query attends to all earlier tokens; None: any."""
 
-    def stated(self) -> Mapping[str, int | float | bool | str | None]:
+    def stated(self) -> Mapping[str, Any]:
         """Keys of config.json that some loader reads otherwise, with the values that all read alike; None: any."""
 
     def sizes(self) -> Mapping[str, int]:
         """The table's words of shapes, as numbers."""
+
+    def layer_sizes(self, layer: int) -> Mapping[str, int]:
+        """The words whose number is a layer's own."""
 
     def conditions(self, layer: int) -> Mapping[str, bool]:
         """The table's words of conditions; True for those that hold in a layer."""

@@ -15,9 +15,10 @@ from ..errors import CheckpointError
 from .attention import AttentionWidths
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .families import FAMILIES, family_of
-from .family import Family
+from .family import Block, Family
+from .hyper_connections import HyperConnections
 from .moe import Moe
-from .rope_config import RopeConfig, read_rope, rotary_fraction
+from .rope_config import RopeConfig, rotary_fraction
 from .rope_frequencies import check_computable
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of config.json that conversion and the runtime need, under Hugging Face's names."""
+    """The fields of config.json that conversion and the runtime need, under Hugging Face's names.
+
+    intermediate_size: channels of a dense feed-forward block; 0 in a family without. compressed_rope: the rotary
+    parameters of layers that attend to compressed tokens; None where all layers have `rope`. hyper_connections: the
+    streams of the residual; None for a plain one.
+    """
 
     model_type: str
     hidden_size: int
@@ -53,18 +59,21 @@ class ModelConfig:
     attention: AttentionWidths
     moe: Moe | None
     rope: RopeConfig
+    compressed_rope: RopeConfig | None = None
+    hyper_connections: HyperConnections | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Read and check a config; CheckpointError names the key that is missing, malformed or unknown."""
         family = family_of(config.get("model_type"))
-        config = text_config(config)
+        config = family.deepseek_keys(text_config(config))
         read = ConfigReader({**_without_aliases(config), "partial_rotary_factor": rotary_fraction(config)})
         attention = family.attention.read(read)
+        ropes = family.ropes(config, attention)
         result = cls(
             model_type=family.model_type,
             hidden_size=read.size("hidden_size"),
-            intermediate_size=read.size("intermediate_size"),
+            intermediate_size=read.size("intermediate_size") if family.entries(Block.DENSE) else 0,
             num_hidden_layers=read.size("num_hidden_layers", most=MAX_LAYERS),
             num_nextn_predict_layers=read.count("num_nextn_predict_layers", 0, most=MAX_LAYERS),
             vocab_size=read.size("vocab_size"),
@@ -74,13 +83,16 @@ class ModelConfig:
             dtype_code=model_code(config),
             attention=attention,
             moe=None if family.moe is None else family.moe.read(read),
-            rope=read_rope(config, attention),
+            rope=ropes.rope,
+            compressed_rope=ropes.compressed,
+            hyper_connections=None if family.hyper_connections is None else family.hyper_connections.read(read),
         )
         # No backend computes another value: refuse it rather than run another model.
         for key, value in family.fixed.items():
             read.fixed(key, value)
         result._check()
-        check_computable(result.rope)
+        for rope in filter(None, ropes):
+            check_computable(rope)
         return result
 
     @property
@@ -92,6 +104,15 @@ class ModelConfig:
     def family(self) -> Family:
         """The table of its tensors."""
         return family_of(self.model_type)
+
+    def name(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> str:
+        """The checkpoint's name of a part. KeyError for one that the family does not have."""
+        return self.family.scope(self.num_hidden_layers, layer, expert) + self.family.entry(block, part).name
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer number of a tensor's name; multi-token-prediction layers count on from the decoder layers. None
+        outside the layers."""
+        return self.family.layer_of(name, self.num_hidden_layers)
 
     def moe_at(self, layer: int) -> Moe | None:
         """The MoE config of a decoder or MTP layer; None where its feed-forward block is dense."""

@@ -91,6 +91,14 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} must be a list of texts, not {shown(value)}")
         return value
 
+    def only(self, key: str, value: int) -> None:
+        """Check that the config has no other number than `value`, which it may leave out."""
+        found = self.count(key, value)
+        if found != value:
+            raise CheckpointError(
+                f"config.json: {key} must be {value}, not {found}; no loader of the family computes another"
+            )
+
     def numbers(self, key: str, most: int) -> list[int]:
         """Read a list of whole numbers from 0 to `most`; empty where there is none."""
         values = self._config.get(key)

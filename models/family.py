@@ -8,16 +8,18 @@ rotation multiplies, the weights that smoothing changes together, the parameters
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from .attention import AttentionReader
+from .attention import AttentionReader, AttentionWidths
+from .hyper_connections import HyperConnectionsReader
 from .moe import MoeReader
 from .roles import Role
+from .rope_config import Ropes, read_one_rope
 
 
 class Block(str, Enum):
@@ -37,8 +39,9 @@ class Block(str, Enum):
 
 Kind = Literal["linear", "norm", "layer_norm", "lookup", "bias", "vector"]
 """linear: `[outputs, inputs]`. norm: the gain of an RMS norm, `[channels]`. layer_norm: gain or bias of a layer norm,
-which subtracts a mean and so keeps no basis. lookup: one row a token id, `[rows, channels]`. bias: the addend of a
-linear's outputs, `[outputs]`, which writes what the linear writes. vector: any other tensor of one dimension."""
+which subtracts a mean and so keeps no basis. lookup: one row a token id or position, `[rows, channels]`. bias: the
+addend of a linear's outputs, `[outputs]`, which writes what the linear writes. vector: any other tensor of one
+dimension."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,12 @@ class Family:
     attention, moe: read the widths of its attention and its experts from config.json. rms_norm_eps: its default.
     blocks: the entries of each block. fixed: keys of config.json with the one value that the blocks compute, which is
     also the default. layers, experts: the names' parts before a layer's number, and before an expert's
-    number within its layer. prefix: the common beginning of all names (`language_model.`).
+    number within its layer. mtp_layers: the part before a multi-token-prediction layer's number, which counts from 0;
+    empty where these layers count on from the decoder layers, under `layers`. prefix: the common beginning of all names
+    (`language_model.`).
+    deepseek_keys: gives a config.json with transformers' keys those of the model's authors, where they differ.
+    ropes: reads the rotary parameters. hyper_connections: reads the residual's streams; None with a plain residual.
+    no_rotation, no_calibration: the reasons why a rotation, and why every method that runs the layers, are refused.
     text_types: the model_types that `text_config` of config.json may name, where the keys of the text model stand in
     that object; empty where they stand at the top.
     passthrough: globs of tensors outside the table that are copied unchanged, without a note. ignored: globs of buffers
@@ -112,8 +120,14 @@ class Family:
     fixed: Mapping[str, str | bool]
     layers: str = "model.layers."
     experts: str = "mlp.experts."
+    mtp_layers: str = ""
     rms_norm_eps: float = 1e-6
     prefix: str = ""
+    deepseek_keys: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    ropes: Callable[[Mapping[str, Any], AttentionWidths], Ropes] = read_one_rope
+    hyper_connections: HyperConnectionsReader | None = None
+    no_rotation: str = ""
+    no_calibration: str = ""
     text_types: tuple[str, ...] = ()
     passthrough: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
@@ -127,21 +141,26 @@ class Family:
         """The entry of a part. KeyError where the family has none."""
         return self._entries[block, part]
 
-    def name(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> str:
-        """The checkpoint's name of a part. KeyError for one that the family does not have."""
-        return self.scope(layer, expert) + self.entry(block, part).name
+    def top_name(self, part: str) -> str:
+        """The checkpoint's name of a part outside the layers. KeyError for one that the family does not have."""
+        return self.prefix + self.entry(Block.TOP, part).name
 
-    def scope(self, layer: int | None = None, expert: int | None = None) -> str:
-        """The beginning of an entry's name: `model.layers.3.mlp.experts.7.`."""
+    def scope(self, decoder_layers: int, layer: int | None = None, expert: int | None = None) -> str:
+        """The beginning of an entry's name, in a model of `decoder_layers`: `model.layers.3.mlp.experts.7.`."""
         if layer is None:
             return self.prefix
         within = "" if expert is None else f"{self.experts}{expert}."
+        if self.mtp_layers and layer >= decoder_layers:
+            return f"{self.prefix}{self.mtp_layers}{layer - decoder_layers}.{within}"
         return f"{self.prefix}{self.layers}{layer}.{within}"
 
-    def layer_of(self, name: str) -> int | None:
-        """The layer number of a tensor's name: `model.layers.7.mlp…` → 7; None outside the layers."""
+    def layer_of(self, name: str, decoder_layers: int) -> int | None:
+        """The layer number of a tensor's name, in a model of `decoder_layers`: `model.layers.7.mlp…` → 7, and
+        `mtp.0.…` → `decoder_layers`; None outside the layers."""
         found = self._layer.match(name)
-        return int(found[1]) if found else None
+        if found is None:
+            return None
+        return int(found["layer"]) if found["mtp"] is None else decoder_layers + int(found["mtp"])
 
     def find(self, name: str) -> tuple[Block, Entry, int | None] | None:
         """The entry of a name in any layer, and the expert's number; None for a name outside the table."""
@@ -177,7 +196,7 @@ class Family:
         """True for the bias of a norm or linear that has none in the table."""
         if not name.endswith(".bias") or self.find(name) is not None:
             return False
-        if self.layer_of(name) is not None:
+        if self._layer.match(name) is not None:
             return True
         norms = (entry for entry in self.entries(Block.TOP) if entry.kind == "norm")
         return name in {f"{self.prefix}{entry.name.removesuffix('weight')}bias" for entry in norms}
@@ -222,7 +241,10 @@ class Family:
 
     @cached_property
     def _layer(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.prefix + self.layers) + r"([0-9]{1,6})\.")
+        number = re.escape(self.layers) + r"(?P<layer>[0-9]{1,6})"
+        # Without a beginning of their own, no name is a multi-token-prediction layer's.
+        own = re.escape(self.mtp_layers) + r"(?P<mtp>[0-9]{1,6})" if self.mtp_layers else r"(?P<mtp>(?!))"
+        return re.compile(rf"{re.escape(self.prefix)}(?:{number}|{own})\.")
 
     @cached_property
     def _expert(self) -> re.Pattern[str]:

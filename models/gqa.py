@@ -72,6 +72,10 @@ class Gqa:
         """The table's words of shapes, as numbers."""
         return {"q": self.heads * self.head_dim, "kv": self.kv_heads * self.head_dim, "head": self.head_dim}
 
+    def layer_sizes(self, layer: int) -> dict[str, int]:
+        """The words whose number is a layer's own: none."""
+        return {}
+
     def conditions(self, layer: int) -> dict[str, bool]:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"qk_norm": self.use_qk_norm, "attention_bias": self.attention_bias}

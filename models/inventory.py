@@ -43,13 +43,13 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Invent
     family = config.family
     _refuse_renamed(family, weights)
     check_unbiased(family, weights)
-    present = {layer for name in weights if (layer := family.layer_of(name)) is not None}
+    present = {layer for name in weights if (layer := config.layer_of(name)) is not None}
     first_mtp = config.num_hidden_layers
     counted = range(first_mtp, first_mtp + config.num_nextn_predict_layers)
     mtp, partial = _mtp_layers(config, weights, sorted(layer for layer in present if layer >= first_mtp))
 
     if partial:
-        weights = {name: weight for name, weight in weights.items() if family.layer_of(name) not in partial}
+        weights = {name: weight for name, weight in weights.items() if config.layer_of(name) not in partial}
     expected = _expected(config, mtp, weights)
     specs, unknown, dropped = {}, [], []
     for name, weight in weights.items():
@@ -61,7 +61,7 @@ def take_inventory(config: ModelConfig, weights: Mapping[str, Shaped]) -> Invent
         else:
             if not family.passes_through(name):
                 unknown.append(name)
-            specs[name] = Spec(name, Role.OTHER, tuple(weight.shape), family.layer_of(name))
+            specs[name] = Spec(name, Role.OTHER, tuple(weight.shape), config.layer_of(name))
     absent = tuple(layer for layer in counted if layer not in present)
     return Inventory(specs, mtp, absent, tuple(unknown), tuple(dropped), partial)
 
@@ -162,7 +162,7 @@ def _refuse_contradictions(config: ModelConfig, expected: Mapping[str, Spec], we
 
 def _deciding_key(config: ModelConfig, name: str) -> str | None:
     """The key of config.json that excludes a tensor of the family's table; None for any other tensor."""
-    layer, found = config.family.layer_of(name), config.family.find(name)
+    layer, found = config.layer_of(name), config.family.find(name)
     if layer is None or found is None:
         return None
     _, entry, expert = found
@@ -180,6 +180,6 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
 
 
 def _value(key: str, value: object, layer: int) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and layer < len(value):
         return f"{key} {value[layer]} for layer {layer}"
     return f"{key} {'null' if value is None else value}"

@@ -60,6 +60,10 @@ class Mla:
             "v_head": self.v_head_dim,
         }
 
+    def layer_sizes(self, layer: int) -> dict[str, int]:
+        """The words whose number is a layer's own: none."""
+        return {}
+
     def conditions(self, layer: int) -> dict[str, bool]:
         """The table's words of conditions; True for those that hold in a layer: in all or in none."""
         return {"q_lora": self.q_lora_rank is not None, "full_q": self.q_lora_rank is None}

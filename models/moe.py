@@ -88,8 +88,8 @@ class Moe:
             "shared_intermediate": self.shared_intermediate_size,
         }
 
-    def conditions(self) -> dict[str, bool]:
-        """The table's words of conditions; True for those that hold in a layer with experts."""
+    def conditions(self, layer: int) -> dict[str, bool]:
+        """The table's words of conditions; True for those that hold in a layer with experts: in all or in none."""
         return {"router_bias": self.has_router_bias, "shared_experts": self.n_shared_experts > 0}
 
     def tokens_of_expert(self, tokens: int) -> int:

@@ -112,12 +112,20 @@ class _Comparison:
 
 def _table(family: Family) -> object:
     """The columns of a family that decide which names it has."""
-    return family.blocks, family.prefix, family.layers, family.experts, family.passthrough, family.ignored
+    return (
+        family.blocks,
+        family.prefix,
+        family.layers,
+        family.experts,
+        family.mtp_layers,
+        family.passthrough,
+        family.ignored,
+    )
 
 
 def _with_tied(config: ModelConfig, weights: Mapping[str, Shaped]) -> Mapping[str, Shaped]:
     """The weights with both names of a tied embedding, of which one is stored."""
-    pair = {config.family.name(Block.TOP, part) for part in ("embedding", "head")}
+    pair = {config.name(Block.TOP, part) for part in ("embedding", "head")}
     stored = pair & weights.keys()
     if not config.tie_word_embeddings or len(stored) != 1:
         return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ..errors import CheckpointError
 from .attention import AttentionWidths
@@ -54,6 +54,19 @@ class RopeConfig:
     def positions(self) -> int:
         """The tables' number of positions: max_position_embeddings, but `factor` times that for dynamic NTK."""
         return int(self.max_position * self.factor) if self.rope_type == "dynamic" else self.max_position
+
+
+class Ropes(NamedTuple):
+    """The rotary parameters of a model. compressed: those of layers that attend to compressed tokens; None where all
+    layers have `rope`."""
+
+    rope: RopeConfig
+    compressed: RopeConfig | None = None
+
+
+def read_one_rope(config: Mapping[str, Any], attention: AttentionWidths) -> Ropes:
+    """Read the rotary parameters of a model whose layers have the same, as `read_rope`."""
+    return Ropes(read_rope(config, attention))
 
 
 def rotary_fraction(config: Mapping[str, Any]) -> Any:

@@ -50,6 +50,7 @@ class ModelTensors:
         self.config = config
         self.family = config.family
         self.sizes = sizes(config)
+        self._layer_sizes: dict[int, dict[str, int]] = {}
 
     def spec(self, block: Block, part: str, layer: int | None = None, expert: int | None = None) -> Spec:
         """The tensor of a part, also of one that this layer lacks. KeyError for a part outside the family's table."""
@@ -59,6 +60,13 @@ class ModelTensors:
         """True where the family has the part, and this config's layer too."""
         entries = [entry for entry in self.family.entries(block) if entry.part == part]
         return any(entry.when in conditions(self.config, layer) for entry in entries)
+
+    def sizes_at(self, layer: int) -> dict[str, int]:
+        """The words of `Entry.shape` as numbers, with those that are a layer's own."""
+        if layer not in self._layer_sizes:
+            own = self.config.attention.layer_sizes(layer)
+            self._layer_sizes[layer] = {**self.sizes, **own} if own else self.sizes
+        return self._layer_sizes[layer]
 
     def unroll(self, mtp_layers: Iterable[int], *, main: bool = True) -> Iterator[Spec]:
         """Yield every tensor; without `main` the MTP layers' alone."""
@@ -81,9 +89,10 @@ class ModelTensors:
 
     def _spec(self, block: Block, entry: Entry, layer: int | None, expert: int | None) -> Spec:
         mtp = layer is not None and layer >= self.config.num_hidden_layers
-        shape = tuple([self.sizes[word] for word in entry.shape])
+        numbers = self.sizes if layer is None else self.sizes_at(layer)
+        shape = tuple([numbers[word] for word in entry.shape])
         optional = entry.optional != "never" and entry.optional in conditions(self.config, layer)
-        name = self.family.scope(layer, expert) + entry.name
+        name = self.family.scope(self.config.num_hidden_layers, layer, expert) + entry.name
         return Spec(name, entry.role.in_mtp if mtp else entry.role, shape, layer, expert, block, entry, optional)
 
 
@@ -103,7 +112,7 @@ def conditions(config: ModelConfig, layer: int | None) -> frozenset[str]:
         "dense": moe is None,
         "moe": moe is not None,
         **config.attention.conditions(layer),
-        **({} if moe is None else moe.conditions()),
+        **({} if moe is None else moe.conditions(layer)),
     }
     return frozenset(word for word, holds in words.items() if holds)
 
@@ -117,4 +126,5 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "intermediate": config.intermediate_size,
         **config.attention.sizes(),
         **({} if config.moe is None else config.moe.sizes()),
+        **({} if config.hyper_connections is None else config.hyper_connections.sizes(config.hidden_size)),
     }

@@ -18,7 +18,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 11
+#define NPUQ_ABI_VERSION 12
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -28,8 +28,8 @@ enum { NPUQ_OK = 0, NPUQ_NO_MEMORY = 1, NPUQ_NOT_FINITE = 2, NPUQ_BAD_SIZE = 3, 
 enum { NPUQ_MOST_COLUMNS = 1 << 17, NPUQ_MOST_BIAS_COLUMNS = 16 };
 
 /* I4 pairs rows in a byte (`npuq_part`). U4 pairs columns, as checkpoints store int4: byte [row, k] holds column 2k in its
- * low nibble and column 2k + 1 in its high one, 8 added to each. */
-enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5, NPUQ_U4 = 6 };
+ * low nibble and column 2k + 1 in its high one, 8 added to each. F4 pairs columns as U4 does: its nibbles are E2M1. */
+enum npuq_dtype { NPUQ_F32 = 0, NPUQ_BF16 = 1, NPUQ_F16 = 2, NPUQ_F8E4M3 = 3, NPUQ_I8 = 4, NPUQ_I4 = 5, NPUQ_U4 = 6, NPUQ_F4 = 7 };
 
 NPUQ_API int npuq_abi_version(void);
 
@@ -53,7 +53,7 @@ NPUQ_API int npuq_watch(const void *start, int64_t bytes);
 NPUQ_API void npuq_unwatch(const void *start);
 NPUQ_API int npuq_is_lost(const void *start);
 
-/* Stored rows: F32, BF16, F16, or F8E4M3 or U4 in blocks of block_rows × block_cols with one float32 scale each. block_scale
+/* Stored rows: F32, BF16, F16, or F8E4M3, U4 or F4 in blocks of block_rows × block_cols with one float32 scale each. block_scale
  * (NULL for the others) has scale_stride scales a row of blocks; `first_row` is the index of row 0 in the first block. */
 typedef struct {
     const void *data;

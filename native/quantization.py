@@ -22,8 +22,9 @@ from .pointers import array_address
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The dtypes of stored rows, under the codes of safetensors. U8: int4, two inputs a byte (`StoredRows`).
-NUMBERS: Final = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "U8": 6}
+# The dtypes of stored rows, under the codes of safetensors. U8 is int4, I8 is FP4, two inputs a byte (`StoredRows`).
+NUMBERS: Final = {"F32": 0, "BF16": 1, "F16": 2, "F8_E4M3": 3, "U8": 6, "I8": 7}
+PACKED: Final = ("U8", "I8")
 # The widest row that `quantize_rows` takes: its sums are exact up to here.
 MOST_COLUMNS: Final = 1 << 17
 MOST_BIAS_COLUMNS: Final = 16
@@ -37,8 +38,8 @@ NO_MEMORY, NOT_FINITE, BAD_SIZE, BAD_INDEX = 1, 2, 3, 4
 class SourceRows:
     """Stored rows in memory: uint8 [R, bytes of a row] of a dtype of NUMBERS.
 
-    scale: of FP8 and int4 the scales float32 [row blocks, column blocks], one for each `block` (rows, columns); row 0
-    is row `first_row` of its block.
+    scale: of FP8, int4 and FP4 the scales float32 [row blocks, column blocks], one for each `block` (rows, columns);
+    row 0 is row `first_row` of its block.
     """
 
     memory: NDArray[np.uint8]
@@ -51,7 +52,7 @@ class SourceRows:
     def columns(self) -> int:
         """Values of a row."""
         width = self.memory.shape[1]
-        return 2 * width if self.dtype == "U8" else width // ITEM_BYTES[self.dtype]
+        return 2 * width if self.dtype in PACKED else width // ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,9 @@ def _source(operator: str, stored: SourceRows) -> Source:
     memory, dtype, scale = stored.memory, stored.dtype, stored.scale
     if dtype not in NUMBERS:
         raise ValueError(f"{operator}: rows of {dtype}; the native kernel takes {', '.join(NUMBERS)}")
-    if memory.shape[1] * (2 if dtype == "U8" else 1) != stored.columns * (1 if dtype == "U8" else ITEM_BYTES[dtype]):
+    if memory.shape[1] * (2 if dtype in PACKED else 1) != stored.columns * (
+        1 if dtype in PACKED else ITEM_BYTES[dtype]
+    ):
         raise ValueError(f"{operator}: rows of {memory.shape[1]} bytes are no whole number of {dtype}")
     data = array_address(memory, operator, "rows", np.uint8, *memory.shape)
     if scale is None:

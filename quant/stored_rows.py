@@ -1,11 +1,11 @@
-"""Stored rows of a weight: float32, bf16 or fp16, or FP8 or packed int4 with a scale for each block."""
+"""Stored rows of a weight: float32, bf16 or fp16, or FP8, packed int4 or packed FP4 with a scale for each block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..deferred import torch
 from .float8 import decode_e4m3
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockScale:
-    """The scales of FP8 or int4 rows: float32 [row blocks, column blocks], one for each block that the rows touch.
+    """The scales of FP8, int4 or FP4 rows: float32 [row blocks, column blocks], one for each block that the rows touch.
     `first_row` is the index of row 0 within the first block."""
 
     scale: Tensor
@@ -27,11 +27,11 @@ class BlockScale:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows [R, …] of float32, bf16 or fp16; or rows [R, K] of FP8, or of int4 codes in bytes [R, K / 2], with the
-    scales of their blocks.
+    """Rows [R, …] of float32, bf16 or fp16, or of a table's integers; or rows [R, K] of FP8, of int4 codes in uint8
+    [R, K / 2] or of FP4 (E2M1) in int8 [R, K / 2], with the scales of their blocks.
 
-    A byte of int4 has the code of an even input in its low nibble and of the next input in its high one, 8 added to
-    each.
+    A byte of int4 or FP4 has an even input in its low nibble and the next input in its high one. 8 is added to the
+    codes of int4.
     """
 
     rows: Tensor
@@ -40,19 +40,35 @@ class StoredRows:
     @property
     def columns(self) -> int:
         """Values of a row of a matrix."""
-        return self.rows.shape[1] * (2 if self.rows.dtype is torch.uint8 else 1)
+        return self.rows.shape[1] * (2 if self.rows.dtype in (torch.uint8, torch.int8) else 1)
 
     def to_float32(self) -> Tensor:
-        """Decode to float32 [R, …]: float dtypes exactly, FP8 and int4 times the scale of the block."""
+        """Decode to float32 [R, …]: float dtypes exactly, others times the scale of the block."""
         if self.blocks is None:
             return self.rows.to(torch.float32)
-        return _scaled(_int4_codes(self.rows) if self.rows.dtype is torch.uint8 else self.rows, self.blocks)
+        rows = self.rows
+        if rows.dtype is torch.uint8:
+            rows = _int4_codes(rows)
+        elif rows.dtype is torch.int8:
+            rows = _fp4_values(rows)
+        return _scaled(rows, self.blocks)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """Convert to a float dtype: unchanged where the rows have it, else `to_float32` rounded once."""
         if self.blocks is None and self.rows.dtype is dtype:
             return self.rows
         return self.to_float32().to(dtype)
+
+
+# The magnitudes of FP4 by three bits of a nibble; the highest bit is the sign.
+_E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _fp4_values(packed: Tensor) -> Tensor:
+    """Unpack int8 [R, K / 2] of E2M1 to float32 [R, K]."""
+    nibbles = packed.view(torch.uint8)
+    values = torch.tensor((*_E2M1, *(-magnitude for magnitude in _E2M1)))
+    return values[torch.stack((nibbles & 15, nibbles >> 4), dim=2).flatten(1).long()]
 
 
 def _int4_codes(packed: Tensor) -> Tensor:
@@ -62,7 +78,7 @@ def _int4_codes(packed: Tensor) -> Tensor:
 
 
 def _scaled(codes: Tensor, blocks: BlockScale) -> Tensor:
-    """Multiply codes [R, K], FP8 or int8, by the scale of their block, in float32."""
+    """Multiply codes [R, K], FP8, int8 or float32, by the scale of their block, in float32."""
     rows = decode_e4m3(codes) if codes.dtype is torch.float8_e4m3fn else codes.to(torch.float32)
     width = blocks.block_columns
     scale = blocks.scale

@@ -20,6 +20,7 @@ from ..formats.artifact import (
 from ..formats.checkpoint import Checkpoint
 from ..formats.sources.model_config import read_model_config
 from ..inputs.files import inside, read_text
+from ..inputs.forms import is_number
 from ..models.tensors import Spec, expected_specs
 from ..progress import Progress
 from ..verification.evaluations import read_evaluations
@@ -163,6 +164,7 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "sha256 of its index": source["index_sha256"],
         "weights of the source": _forms(source),
         "notes on the source": _notes(source),
+        "weight error from FP4 to int4": _fp4_error(source),
         "recipe": manifest["recipe"]["name"],
         "sha256 of the recipe": manifest["recipe"]["sha256"],
         "method": manifest["conversion"].get("method"),
@@ -173,6 +175,14 @@ def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "files with size and sha256": f"{len(manifest['files']):,}",
     }
     return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def _fp4_error(source: Mapping[str, Any]) -> str | None:
+    """What int4 adds to FP4 weights, beside what min-max scales would; None where it was not measured."""
+    found = source.get("fp4_error")
+    if not isinstance(found, Mapping) or not all(is_number(found.get(key)) for key in ("rows", "mse", "minmax")):
+        return None
+    return f"{found['mse']:.2%} by mse, {found['minmax']:.2%} by minmax scales, on {found['rows']:,} rows"
 
 
 def _forms(source: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from .linears import LinearFacts, RoleFacts, linear_facts
 
 def mtp_layers(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, ...]:
     """The multi-token-prediction layers present: those after the decoder's."""
-    layers = {config.family.layer_of(name) for name in checkpoint.tensors}
+    layers = {config.layer_of(name) for name in checkpoint.tensors}
     return tuple(sorted(layer for layer in layers if layer is not None and layer >= config.num_hidden_layers))
 
 

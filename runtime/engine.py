@@ -113,12 +113,12 @@ class Engine:
         pools = [model.attention.pools(layer) for layer in layers]
         caches = model.ops.caches
         stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
-        token_bytes = sum(pool.token_bytes for pool in chain.from_iterable(stored))
-        num_blocks = _num_blocks(token_bytes, rope.max_position, config)
+        block_bytes = sum(pool.block_bytes(config.block_size) for pool in chain.from_iterable(stored))
+        num_blocks = _num_blocks(block_bytes, rope.max_position, config)
         if world is not None:
             num_blocks = world.least(num_blocks)
         self.cache_tokens = num_blocks * config.block_size
-        self.cache_bytes = self.cache_tokens * token_bytes
+        self.cache_bytes = num_blocks * block_bytes
         self.context = min(rope.max_position, self.cache_tokens)
         # With an int8 cache a token alone rounds its query: two of a prompt stay together.
         computed = 2 if self._int8_cache else 1
@@ -413,12 +413,11 @@ def _sample(sequence: Sequence, logits: LogitRow) -> StepOutput:
     return StepOutput(sequence, sampled.token, logprobs=sampled.logprobs)
 
 
-def _num_blocks(token_bytes: int, max_position: int, config: EngineConfig) -> int:
+def _num_blocks(block_bytes: int, max_position: int, config: EngineConfig) -> int:
     """Number of blocks that fit in the memory, at most as many as all sequences can fill.
 
-    token_bytes: of all layers.
+    block_bytes: of a block in all layers.
     """
-    block_bytes = token_bytes * config.block_size
     assert config.kv_cache_bytes is not None, "`load` chooses it"
     affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:

@@ -23,7 +23,7 @@ from ..formats.sources.model_config import read_model_config
 from ..inputs.launch import Launch
 from ..inputs.printable import shown
 from ..units import format_bytes
-from .attention.kinds import attention_of
+from .attention.kinds import attention_of, check_backend
 from .backend import make_ops
 from .engine import Engine, EngineConfig
 from .loop import Loop
@@ -313,6 +313,7 @@ def load(
     with _ending_all(world, BackendError, GenerationError), Checkpoint.open(directory) as checkpoint:
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
+        check_backend(config, ops)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"

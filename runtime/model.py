@@ -6,43 +6,17 @@ A step can have decoding tokens and prefill chunks together. Only attention comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..models.config import ModelConfig
-from ..native.mapped import MappedFiles
 from .attention.kind import AttentionKind
 from .attention.pools import LayerCache
-from .ops import AttentionWeights, Linear, MlpWeights, MoeWeights, Ops, Step
-from .ranks.division import Division, add_bits
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer, either with the dense block `mlp` or with the experts `moe`."""
-
-    input_norm: Tensor
-    attention: AttentionWeights
-    mlp_norm: Tensor
-    mlp: MlpWeights | None
-    moe: MoeWeights | None
-
-
-@dataclass(frozen=True)
-class ModelWeights:
-    """All weights of one rank. files: mapped files behind them, if any.
-
-    vocabulary: the division of the rows of embedding and lm_head, where ranks divide them; None where they are whole.
-    """
-
-    embedding: Tensor
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    lm_head: Linear
-    vocabulary: Division | None = None
-    files: MappedFiles = field(default_factory=MappedFiles)
+from .model_weights import LayerWeights, ModelWeights
+from .ops import Ops, Step
+from .ranks.division import add_bits
+from .residual import HyperStreams, Residual, SingleStream
 
 
 class Model:
@@ -70,20 +44,31 @@ class Model:
         return logits
 
     def _forward(self, step: Step, cache: Sequence[LayerCache]) -> Tensor:
-        ops, eps = self.ops, self.config.rms_norm_eps
-        residual = self._embed(step.token_ids)
-        delta: Tensor | None = None
+        residual = self.begin(self._embed(step.token_ids))
         selected: Tensor | None = None
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
-            delta, residual, selected = self.decoder_layer(layer, delta, residual, layer_cache, step, selected)
+            residual, selected = self.decoder_layer(layer, residual, layer_cache, step, selected)
         if step.output_rows is not None:
             if step.output_rows.shape[0] == 0:
-                return residual.new_empty(0, self.config.vocab_size)
-            residual = residual.index_select(0, step.output_rows)
-            delta = None if delta is None else delta.index_select(0, step.output_rows)
-        if delta is None:
-            return self._logits(ops.norms.rms_norm(residual, self.weights.norm, eps))
-        return self._logits(ops.norms.add_rms_norm(delta, residual, self.weights.norm, eps)[0])
+                return residual.values.new_empty(0, self.config.vocab_size)
+            residual = residual.at(step.output_rows)
+        return self._logits(residual.final(self.weights, self.config.rms_norm_eps, self.ops))
+
+    def begin(self, embedded: Tensor) -> Residual:
+        """The residual before the first layer. embedded: rows of the embedding, compute dtype `[T, H]`."""
+        return self.residual(embedded.repeat(1, self._streams))
+
+    def residual(self, values: Tensor) -> Residual:
+        """The residual of some tokens with these `Residual.values`."""
+        if self.config.hyper_connections is None:
+            return SingleStream(values)
+        assert self.ops.hyper is not None, "`check_backend` refuses the others"
+        return HyperStreams(values.unflatten(1, (self._streams, -1)), self.ops.hyper)
+
+    @property
+    def _streams(self) -> int:
+        connections = self.config.hyper_connections
+        return 1 if connections is None else connections.hc_mult
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         vocabulary, table = self.weights.vocabulary, self.weights.embedding
@@ -99,29 +84,22 @@ class Model:
         return logits if vocabulary is None else vocabulary.join_at_first(logits)
 
     def decoder_layer(
-        self,
-        layer: LayerWeights,
-        delta: Tensor | None,
-        residual: Tensor,
-        cache: LayerCache,
-        step: Step,
-        selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run one decoder layer: (delta, residual, selected) → (delta, residual, selected).
+        self, layer: LayerWeights, residual: Residual, cache: LayerCache, step: Step, selected: Tensor | None
+    ) -> tuple[Residual, Tensor | None]:
+        """Run one decoder layer: (residual, selected) → (residual, selected).
 
-        delta, residual: compute dtype `[T, H]`. selected: what attention hands on from layer to layer (`Attended`).
-
-        A layer's input and output are delta + residual; the next layer's norm adds them, in one operator. An input
-        delta of None is zero.
+        selected: what attention hands on from layer to layer (`Attended`).
         """
         ops, attention = self.ops, self.attention
-        hidden, residual = attention.norm(delta, residual, layer.input_norm, layer.attention, ops)
+        hidden, residual = residual.before_attention(layer, attention, ops)
         attended, selected = attention.attend(hidden, layer.attention, cache, step, ops, selected)
-        normed, residual = ops.norms.add_rms_norm(attended, residual, layer.mlp_norm, self.config.rms_norm_eps)
-        return self._feed_forward(normed, layer), residual, selected
+        normed, residual = residual.plus(attended).before_mlp(layer, self.config.rms_norm_eps, ops)
+        return residual.plus(self._feed_forward(normed, layer, step)), selected
 
-    def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
-        if layer.moe is not None:
-            return self.ops.routing.moe(hidden, layer.moe)
-        assert layer.mlp is not None
-        return self.ops.routing.mlp(hidden, layer.mlp)
+    def _feed_forward(self, hidden: Tensor, layer: LayerWeights, step: Step) -> Tensor:
+        if layer.moe is None:
+            assert layer.mlp is not None
+            return self.ops.routing.mlp(hidden, layer.mlp)
+        if layer.moe.expert_table is not None:
+            return self.ops.routing.hash_moe(hidden, step.token_ids, layer.moe)
+        return self.ops.routing.moe(hidden, layer.moe)

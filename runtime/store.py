@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import FLOAT_CODES, ITEM_BYTES
-from ..errors import ArtifactError, CheckpointError
+from ..errors import ArtifactError, CheckpointError, NpuqError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
@@ -46,6 +46,9 @@ class Store(Protocol):
 
     def tensor(self, name: str, *shape: int, rows: range | None = None) -> Tensor:
         """The float tensor of that shape, in its stored dtype, memory-mapped. rows: only these of its rows."""
+
+    def table(self, name: str, *shape: int, most: int) -> Tensor:
+        """The int64 tensor of that shape, memory-mapped, whose numbers are 0 to `most` − 1."""
 
     def scheme(self, prefix: str) -> Scheme:
         """The scheme of the linear `{prefix}.weight`."""
@@ -79,6 +82,9 @@ class FloatStore:
         if rows is None:
             return weight.rows().to(self._dtype) if view is None else view
         return weight.rows(rows.start, rows.stop).to(self._dtype) if view is None else view[rows.start : rows.stop]
+
+    def table(self, name: str, *shape: int, most: int) -> Tensor:
+        return _table(self._source.checkpoint, name, shape, most, CheckpointError)
 
     def scheme(self, prefix: str) -> Scheme:
         return Scheme.FLOAT
@@ -123,6 +129,9 @@ class ArtifactStore:
         view = self._checkpoint.view(name)
         return view if rows is None else view[rows.start : rows.stop]
 
+    def table(self, name: str, *shape: int, most: int) -> Tensor:
+        return _table(self._checkpoint, name, shape, most, ArtifactError)
+
     def scheme(self, prefix: str) -> Scheme:
         name = f"{prefix}.{WEIGHT}"
         if name not in self._types:
@@ -146,6 +155,22 @@ class ArtifactStore:
     def identity(self) -> object:
         """As `FloatStore.identity`."""
         return _headers(self._checkpoint), sorted(self._types.items()), self._hashes
+
+
+def _table(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], most: int, kind: type[NpuqError]) -> Tensor:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise kind(f"{checkpoint.directory}: no tensor {name!r}, which its config.json asks for")
+    if info.shape != shape or info.dtype != "I64":
+        raise kind(
+            f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; config.json says I64 {list(shape)}"
+        )
+    table = checkpoint.view(name)
+    least, greatest = (int(bound) for bound in table.aminmax())
+    if least < 0 or greatest >= most:
+        wrong = least if least < 0 else greatest
+        raise kind(f"{info.file}: tensor {name!r} has the number {wrong}, and config.json {most} experts: get it again")
+    return table
 
 
 def _headers(checkpoint: Checkpoint) -> list[tuple[str, str, tuple[int, ...]]]:

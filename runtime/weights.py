@@ -20,12 +20,14 @@ from ..formats.schemes import Scheme
 from ..inputs.files import inside, is_inside
 from ..models.config import ModelConfig
 from ..models.family import Block
+from ..models.hash_moe import HashMoe
 from ..models.moe import Moe
 from ..models.rope import RopeTables, rope_tables
 from ..models.tensors import ModelTensors
 from .attention.kind import AttentionKind
-from .model import LayerWeights, ModelWeights
-from .ops import Experts, Gating, LinearPart, MlpWeights, MoeWeights, Ops
+from .attention.kinds import check_backend
+from .model_weights import LayerWeights, ModelWeights
+from .ops import Experts, Gating, HyperWeights, LinearPart, MlpWeights, MoeWeights, Ops
 from .ranks.division import Division
 from .ranks.layout import Layout, Owned
 from .ranks.shares import Shares
@@ -85,8 +87,9 @@ def load_weights(
     `load_kv_cache_scales` gives them.
 
     Raises CheckpointError or ArtifactError for a tensor that is missing or does not fit the config, and for a file that
-    becomes shorter meanwhile.
+    becomes shorter meanwhile, BackendError for a backend that does not run the model.
     """
+    check_backend(config, ops)
     chosen = range(config.num_hidden_layers) if layers is None else layers
     owned = owned or Layout().owned(config, 0)
     top = _Parts(store, config, None, Shares(owned, ops.group))
@@ -101,6 +104,7 @@ def load_weights(
         lm_head=ops.weights.float_linear([top.tensor(Block.TOP, "head")], [vocabulary]),
         vocabulary=vocabulary,
         files=store.files,
+        final_streams=_streams(top, config, ops, Block.TOP, "head_connection"),
     )
     store.files.check()
     return weights
@@ -135,6 +139,7 @@ def load_layer(
     cache_scales: Mapping[str, Tensor] | None = None,
 ) -> LayerWeights:
     """Load the weights of one decoder layer, for layer-by-layer work. Arguments and errors as of `load_weights`."""
+    check_backend(config, ops)
     owned = owned or Layout().owned(config, 0)
     parts, moe = _Parts(store, config, layer, Shares(owned, ops.group)), config.moe_at(layer)
     weights = attention.load(layer, _BlockParts(parts, Block.ATTENTION), ops)
@@ -144,6 +149,8 @@ def load_layer(
         mlp_norm=ops.weights.parameter(parts.tensor(Block.LAYER, "mlp_norm"), ops.dtype),
         mlp=_mlp(parts, ops, Block.DENSE) if moe is None else None,
         moe=None if moe is None else _moe(parts, moe, ops, owned),
+        attention_streams=_streams(parts, config, ops, Block.LAYER, "attention_connection"),
+        mlp_streams=_streams(parts, config, ops, Block.LAYER, "mlp_connection"),
     )
 
 
@@ -162,6 +169,10 @@ class _Parts:
     def tensor(self, block: Block, part: str) -> Tensor:
         spec, rows = self._tensors.spec(block, part, self._layer), self.rows(block, part)
         return self._store.tensor(spec.name, *spec.shape, rows=None if rows is None else rows.own)
+
+    def table(self, block: Block, part: str, most: int) -> Tensor:
+        spec = self._tensors.spec(block, part, self._layer)
+        return self._store.table(spec.name, *spec.shape, most=most)
 
     def linear(self, block: Block, part: str, expert: int | None = None) -> LinearPart:
         spec = self._tensors.spec(block, part, self._layer, expert)
@@ -186,11 +197,25 @@ class _BlockParts:
         return self._parts.tensor(self._block, part)
 
 
-def _mlp(parts: _Parts, ops: Ops, block: Block) -> MlpWeights:
+def _streams(parts: _Parts, config: ModelConfig, ops: Ops, block: Block, name: str) -> HyperWeights | None:
+    """How the block that the parts' `name` belongs to reads and writes the streams; None in a model with one stream."""
+    connections = config.hyper_connections
+    if connections is None:
+        return None
+    fn, base, scale = (
+        ops.weights.parameter(parts.tensor(block, f"{name}_{kind}"), torch.float32) for kind in ("fn", "base", "scale")
+    )
+    return HyperWeights(fn, base, scale, connections.hc_sinkhorn_iters, connections.hc_eps, config.rms_norm_eps)
+
+
+def _mlp(parts: _Parts, ops: Ops, block: Block, limit: float | None = None) -> MlpWeights:
     gate_up = [parts.linear(block, part) for part in ("gate", "up")]
     down = parts.linear(block, "down")
     return MlpWeights(
-        ops.weights.linear_of(gate_up), ops.weights.row_parallel_of(down), quantized=down.scheme is Scheme.W8A8
+        ops.weights.linear_of(gate_up),
+        ops.weights.row_parallel_of(down),
+        quantized=down.scheme is Scheme.W8A8,
+        limit=limit,
     )
 
 
@@ -211,6 +236,10 @@ def _moe(parts: _Parts, moe: Moe, ops: Ops, owned: Owned) -> MoeWeights:
             f"{gate.name} is {gate.scheme.value} and {first.name} {first.scheme.value}: an expert's linears must all "
             "be quantized, or all FLOAT"
         )
+    limit = moe.swiglu_limit if isinstance(moe, HashMoe) else None
+    table: Tensor | None = None
+    if parts.has(Block.ROUTER, "router_table"):
+        table = ops.weights.parameter(parts.table(Block.ROUTER, "router_table", most=moe.n_routed_experts))
     weights = MoeWeights(
         router=ops.weights.router(parts.tensor(Block.ROUTER, "router")),
         correction_bias=bias,
@@ -219,7 +248,9 @@ def _moe(parts: _Parts, moe: Moe, ops: Ops, owned: Owned) -> MoeWeights:
         down=down,
         num_experts=moe.n_routed_experts,
         quantized=quantized,
-        shared=_mlp(parts, ops, Block.SHARED) if moe.n_shared_experts else None,
+        shared=_mlp(parts, ops, Block.SHARED, limit) if moe.n_shared_experts else None,
         ranks=owned.layout.ep,
+        limit=limit,
+        expert_table=table,
     )
     return ops.routing.moe_of(weights)

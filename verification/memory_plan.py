@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..engines.placement import ENGINES, Placement, broken_requirements
+from ..errors import BackendError
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import Scheme
 from ..formats.sources.model_config import read_model_config
@@ -22,6 +23,7 @@ from ..models.config import ModelConfig
 from ..models.family import Block
 from ..models.inventory import take_inventory
 from ..recipes.recipe import Recipe
+from ..runtime.attention.kinds import is_on_reference_alone
 from ..runtime.memory.machine import PROCESS_BYTES
 from ..runtime.memory.plan import Planner, RankPlan, recommended
 from ..runtime.memory.stored import Part, StoredModel, model_of_schemes, stored_model
@@ -120,7 +122,15 @@ def stored_by_recipe(config: ModelConfig, recipe: Recipe) -> tuple[StoredModel, 
 
 
 def plan_memory(model: StoredModel, stored: str, devices: int, memory: int, ram: int | None = None) -> MemoryPlan:
-    """Plan every layout of a model on `devices` devices of `memory` bytes. Raises BackendError without a backend."""
+    """Plan every layout of a model on `devices` devices of `memory` bytes.
+
+    Raises BackendError for a model that npuq does not run on devices.
+    """
+    if is_on_reference_alone(model.config):
+        raise BackendError(
+            f"{model.config.model_type} has no memory plan: npuq runs it on the CPU alone, and does not know the "
+            "caches that engines give it"
+        )
     planner = Planner(model, NpuMemory(), memory)
     own = planner.layouts(devices)
     lines = [PlanLine(RUNTIME, str(plan.layout), f"--parallel {plan.layout}", plan) for plan in own]
@@ -194,7 +204,7 @@ def _sliced_experts(model: StoredModel, owned: Owned) -> Mapping[str, Bytes]:
 
     def of_part(part: Part) -> Bytes:
         if part.block is not Block.EXPERT:
-            ranges = owned.ranges(part.block, part.entry, exact_sum=True)
+            ranges = owned.ranges(part.block, part.entry, exact_sum=True, shape=part.shape)
             return sliced_bytes(part, ranges, backend).times(part.count)
         inner = 1 if part.entry.row_parallel else 0
         sliced = [owned.tiles(size) if axis == inner else range(size) for axis, size in enumerate(part.shape)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..dtypes import FLOAT_CODES
+from ..dtypes import FLOAT_CODES, INTEGER_CODES
 from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
@@ -131,7 +131,7 @@ def _tensor(subject: Subject, spec: Spec, output: OutputTensor) -> Iterator[str]
             f"tensor {output.name!r} in {info.file.name} is {info.dtype} {list(info.shape)} "
             f"and must be {output.dtype} {list(output.shape)}"
         )
-    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES:
+    if scheme is Scheme.FLOAT and info.dtype not in FLOAT_CODES and info.dtype not in INTEGER_CODES:
         yield f"tensor {output.name!r} is described as FLOAT and stored as {info.dtype}"
     if subject.described.get(output.name, scheme) is not scheme:
         yield (

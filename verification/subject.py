@@ -125,7 +125,7 @@ def _own(
     """Open npuq's own artifact: every problem must be named, so all weights present are examined, known or not."""
     biases = (name for name in checkpoint.tensors if not is_described(name))
     schemes = {**dict.fromkeys(biases, Scheme.FLOAT), **described}
-    layers = {layer for name in checkpoint.tensors if (layer := config.family.layer_of(name)) is not None}
+    layers = {layer for name in checkpoint.tensors if (layer := config.layer_of(name)) is not None}
     mtp = tuple(sorted(layer for layer in layers if layer >= config.num_hidden_layers))
     specs: dict[str, Spec] = {}
     missing, claimed = [], set()
@@ -138,7 +138,7 @@ def _own(
         claimed |= {spec.name, *(prefix + suffix for suffix in SUFFIXES)}
     for name, info in checkpoint.tensors.items():
         if name not in claimed and name in schemes:
-            specs[name] = Spec(name, Role.OTHER, info.shape, config.family.layer_of(name))
+            specs[name] = Spec(name, Role.OTHER, info.shape, config.layer_of(name))
     try:
         target = artifact_recipe(checkpoint.directory).target
     except NpuqError:  # named by the stage *structure*

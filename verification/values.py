@@ -109,8 +109,10 @@ def _float_problems(weight: Weight, spec: Spec, source: WeightSource | None) -> 
             return
         if source is None:
             continue
-        read = source.rows_float32 if spec.kept_dtype is not None else source.rows_float
-        expected = read(spec.name, start, stop)
+        if spec.kept_dtype is None:
+            expected = source.rows_float(spec.name, start, stop)
+        else:
+            expected = source.weights[spec.name].rows(start, stop).to(torch_dtype(spec.kept_dtype))
         # Bit for bit; as bytes, because an unknown tensor may hold NaN.
         if expected.dtype != rows.dtype or not torch.equal(expected.view(torch.uint8), rows.view(torch.uint8)):
             yield f"tensor {spec.name!r} is not the source's"

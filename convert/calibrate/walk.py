@@ -292,7 +292,7 @@ def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: Strea
 
 
 def _embedding_of(walk: Walk) -> str:
-    return walk.config.family.name(Block.TOP, "embedding")
+    return walk.config.name(Block.TOP, "embedding")
 
 
 def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:

@@ -47,6 +47,7 @@ from ..plan.plan import Job, Plan
 from ..plan.prepare import Prepared
 from ..write.journal import Record
 from .card import model_card
+from .fp4_error import fp4_error
 from .role_totals import totals_by_role
 from .side_files import card_front_matter, copy_side_files
 
@@ -204,6 +205,7 @@ def _manifest(
             # The number of weights in each form of storage, and what was said about the source before the work.
             "forms": dict(Counter(weight.dtype for weight in prepared.source.weights.values())),
             "notes": list(prepared.statements),
+            **fp4_error(prepared),
         },
         "architecture": {
             "model_type": config.model_type,

@@ -18,6 +18,7 @@ from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
 from ...formats.sources.draft_heads import missing_heads, with_heads
+from ...formats.sources.integer_tables import check_tables
 from ...formats.sources.model_config import read_model_config
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
@@ -153,14 +154,24 @@ def prepare(
         if text is not None and text.time_budget is not None and not resolved.auto:
             raise RecipeError("--time-budget bounds the trials of --method auto, and no other method has any")
         check_source(resolved, stored is not None)
+        if resolved.rotate and config.family.no_rotation:
+            raise RecipeError(
+                f"method {resolved.chain}: no rotation of a {config.model_type}: {config.family.no_rotation}"
+            )
         heads: list[str] = []
         if resolved.rotate:
             heads = missing_heads(source, config)
             source = with_heads(source, config)
         inventory = take_inventory(config, source.weights)
+        check_tables(inventory.specs, source.weights)
         assignments = resolve(resolved, inventory.specs, config.num_hidden_layers, stored)
         check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
+        if _needs_calibration(resolved, assignments) and config.family.no_calibration:
+            raise RecipeError(
+                f"method {resolved.chain}: not for a {config.model_type}: {config.family.no_calibration}; give "
+                "--method mse or minmax"
+            )
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):
                 from ..calibrate.texts import read_tokenizer

@@ -56,23 +56,23 @@ class SharedWeight(DerivedWeight):
 def missing_heads(source: WeightSource, config: ModelConfig) -> list[str]:
     """The names of the heads that multi-token-prediction layers of a checkpoint do without."""
     weights, family = source.weights, config.family
-    if family.name(Block.TOP, "head") not in weights:
+    if family.top_name("head") not in weights:
         return []
-    heads = (family.name(Block.MTP, "head", layer) for layer in _draft_layers(source, config))
+    heads = (config.name(Block.MTP, "head", layer) for layer in _draft_layers(source, config))
     return [head for head in heads if head not in weights]
 
 
 def with_heads(source: WeightSource, config: ModelConfig) -> WeightSource:
     """The source with the main model's head in place of every missing one, each behind its layer's last tensor."""
-    heads = {config.family.layer_of(name): name for name in missing_heads(source, config)}
+    heads = {config.layer_of(name): name for name in missing_heads(source, config)}
     if not heads:
         return source
-    main = source.weights[config.family.name(Block.TOP, "head")]
-    last = {config.family.layer_of(name): name for name in source.weights}
+    main = source.weights[config.name(Block.TOP, "head")]
+    last = {config.layer_of(name): name for name in source.weights}
     weights: dict[str, Weight] = {}
     for name, weight in source.weights.items():
         weights[name] = weight
-        layer = config.family.layer_of(name)
+        layer = config.layer_of(name)
         if layer in heads and last[layer] == name:
             weights[heads[layer]] = SharedWeight(main, heads[layer])
     return replace(source, weights=weights)
@@ -83,6 +83,6 @@ def _draft_layers(source: WeightSource, config: ModelConfig) -> Iterator[int]:
     if not config.family.entries(Block.MTP):
         return
     for layer in count(config.num_hidden_layers):
-        if config.family.name(Block.MTP, "hidden_norm", layer) not in source.weights:
+        if config.name(Block.MTP, "hidden_norm", layer) not in source.weights:
             return
         yield layer

@@ -1,4 +1,5 @@
-"""Float weights: plain bf16, fp16 or fp32 here, and FP8 with stored scales (`fp8.py`)."""
+"""Float weights: plain bf16, fp16 or fp32 here, and FP8 with stored scales (`fp8.py`); and tables of integers, which
+are copied."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...dtypes import FLOAT_CODES
+from ...dtypes import FLOAT_CODES, INTEGER_CODES
 from ...errors import CheckpointError
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlainWeight(OfTensor):
-    """A weight of one tensor in a float dtype of torch."""
+    """A weight of one tensor in a float dtype of torch, or a table of integers."""
 
     block_rows: ClassVar[int] = 1
 
@@ -48,12 +49,14 @@ class PlainWeight(OfTensor):
     def view(self) -> Tensor:
         return self.checkpoint.view(self.name)
 
-    def row_bytes(self) -> RowBytes:
+    def row_bytes(self) -> RowBytes | None:
+        if self.info.dtype in INTEGER_CODES:
+            return None
         return RowBytes(self.checkpoint, self.name, self.info.dtype)
 
 
 def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Weight]:
-    """Find the float weights among the tensors of these names, in headers alone.
+    """Find the float weights and tables of integers among the tensors of these names, in headers alone.
 
     Raises CheckpointError for an unknown dtype, an FP8 weight without its scale, a scale of the wrong shape or dtype,
     and a scale without an FP8 weight.
@@ -65,15 +68,15 @@ def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Wei
         if info.dtype == FP8_CODE:
             weights[name] = fp8.weight(info)
         elif not is_beside_fp8(tensors, name):
-            if is_scale(name):
+            if is_scale(info):
                 raise CheckpointError(f"{info.file}: scale {name!r} belongs to no FP8 weight")
             weights[name] = plain_weight(checkpoint, info)
     return weights
 
 
 def plain_weight(checkpoint: Checkpoint, info: TensorInfo) -> PlainWeight:
-    """The weight of a float tensor. CheckpointError for another dtype."""
-    if info.dtype not in FLOAT_CODES:
+    """The weight of a float tensor or a table of integers. CheckpointError for another dtype."""
+    if info.dtype not in (*FLOAT_CODES, *INTEGER_CODES):
         quantized = "; if ModelSlim quantized it, its description is missing" if info.dtype == "I8" else ""
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; npuq reads F32, F16, BF16 and FP8 ({FP8_CODE}) "

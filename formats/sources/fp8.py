@@ -66,6 +66,7 @@ class ScaleName:
 SCALE_NAMES: Final = (
     ScaleName("", "_scale_inv", ("F32", "BF16", "F8_E8M0")),  # DeepSeek, and Qwen in BF16
     ScaleName(".weight", ".weight_scale", ("F32", "BF16", "F16"), ".input_scale"),  # compressed-tensors, ModelOpt
+    ScaleName(".weight", ".scale", ("F8_E8M0",)),  # DeepSeek-V4
 )
 
 
@@ -243,9 +244,11 @@ def is_beside_fp8(tensors: Mapping[str, TensorInfo], name: str) -> bool:
     return False
 
 
-def is_scale(name: str) -> bool:
-    """True for the name of an FP8 weight's scale."""
-    return any(name.endswith(form.scale) for form in SCALE_NAMES)
+def is_scale(info: TensorInfo) -> bool:
+    """True for a tensor that has the name of an FP8 weight's scale, and one of its dtypes where others use the name."""
+    return any(
+        info.name.endswith(form.scale) and (form.scale != ".scale" or info.dtype in form.codes) for form in SCALE_NAMES
+    )
 
 
 def _blocks(info: TensorInfo, block: Block) -> tuple[int, int]:

@@ -11,14 +11,15 @@ from ..schemes import SUFFIXES
 from .compressed_tensors import compressed_linears, is_compressed
 from .described import described_linears
 from .float_weights import float_weights
+from .fp4 import fp4_weights
 from .fp8 import is_beside_fp8
 from .grouped_int4 import grouped_int4_weights
 from .weights import Weight, WeightSource
 
 
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
-    """Find a checkpoint's weights: by its description, as packed int4 by their names, by compressed-tensors' config, or
-    as float weights.
+    """Find a checkpoint's weights: by its description, as packed int4 by their names, as FP4 by config.json's
+    `expert_dtype`, by compressed-tensors' config, or as float weights.
 
     Reads headers alone. Raises CheckpointError and ArtifactError, with the reason, for weights that npuq cannot read.
     """
@@ -27,9 +28,9 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
         if is_own(checkpoint.directory):
             read_manifest(checkpoint.directory)  # an unfinished conversion is no source
         return _with_floats(checkpoint, described_linears(checkpoint, types), frozenset())
-    grouped = grouped_int4_weights(checkpoint)
-    if grouped:
-        return _with_floats(checkpoint, grouped, frozenset())
+    packed = grouped_int4_weights(checkpoint) or fp4_weights(checkpoint)
+    if packed:
+        return _with_floats(checkpoint, packed, frozenset())
     if is_compressed(checkpoint.text_config):
         return _with_floats(checkpoint, *compressed_linears(checkpoint))
     return WeightSource(checkpoint, float_weights(checkpoint, checkpoint.tensors))

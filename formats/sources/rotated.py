@@ -36,7 +36,7 @@ class _Table:
     """A family's table with the rotation of each basis."""
 
     def __init__(self, config: ModelConfig):
-        self._family, self._sizes = config.family, ModelTensors(config).sizes
+        self._config, self._family, self._sizes = config, config.family, ModelTensors(config).sizes
 
     def rewrite(self, spec: Spec) -> Rewrite | None:
         """The rewrite of a tensor; None for an unchanged one, and for tensors outside the table."""
@@ -78,5 +78,5 @@ class _Table:
         if found is None:
             return ()
         block, norm = found
-        name = self._family.name(block, norm.part, None if block is Block.TOP else layer)
+        name = self._config.name(block, norm.part, None if block is Block.TOP else layer)
         return name, *self._norms(norm.reads[0], layer)

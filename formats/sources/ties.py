@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...models.families import family_of
-from ...models.family import Block, Family
+from ...models.family import Family
 from ..checkpoint import Checkpoint, natural_key
 
 
 def tied_names(family: Family) -> tuple[str, str]:
     """The tensor names of embedding and head."""
-    return family.name(Block.TOP, "embedding"), family.name(Block.TOP, "head")
+    return family.top_name("embedding"), family.top_name("head")
 
 
 def share_tied(checkpoint: Checkpoint) -> str | None:

@@ -10,6 +10,7 @@ from ..family import Family
 from . import (
     deepseek_v2,
     deepseek_v3,
+    deepseek_v4,
     deepseek_v32,
     glm4_moe,
     glm4_moe_lite,
@@ -23,6 +24,7 @@ _MODULES = (
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
+    deepseek_v4,
     glm4_moe,
     glm4_moe_lite,
     glm_moe_dsa,

@@ -8,6 +8,7 @@
 #include "convert/int_codes.h"
 #include "convert/fp8/fp8_int4_mse.h"
 #include "convert/fp8/fp8_minmax.h"
+#include "convert/fp4_row.h"
 #include "common/float_rows.h"
 
 /* A block of up to `count` weights; raises `largest`. */
@@ -97,6 +98,7 @@ static float decode_u4(const uint8_t *x, size_t n, const float *block_scale, siz
 static float decode_row(const void *x, int dtype, size_t n, const float *block_scale, size_t block, float *out) {
     if (dtype == NPUQ_F8E4M3) return decode_fp8(x, n, block_scale, block, out);
     if (dtype == NPUQ_U4) return decode_u4(x, n, block_scale, block, out);
+    if (dtype == NPUQ_F4) return decode_fp4(x, n, block_scale, block, out);
     to_float(x, dtype, n, out);
     return largest_stored(x, dtype, n);
 }
@@ -146,7 +148,8 @@ static int convert_stored(const void *x, int dtype, size_t n, const float *block
         if (!mse) return convert_minmax_fp8(&row, bits, out);
         return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
     }
-    if (dtype == NPUQ_U4) return NOT_IN_TABLES;
+    if (dtype == NPUQ_F4 && bits == 4 && mse) return convert_fp4(x, n, block_scale, block, out);
+    if (dtype == NPUQ_U4 || dtype == NPUQ_F4) return NOT_IN_TABLES;
     return bits == 4 && !mse ? convert_minmax_int4(x, dtype, n, out) : NOT_IN_TABLES;
 }
 

@@ -31,9 +31,12 @@ static float_mode keep_subnormals(void) { return 0; }
 static void put_back(float_mode mode) { (void)mode; }
 #endif
 
+/* Two columns a byte. */
+static bool is_packed(int dtype) { return dtype == NPUQ_U4 || dtype == NPUQ_F4; }
+
 static const void *row_at(const npuq_source *source, int64_t row, int64_t cols) {
     const size_t values = (size_t)row * (size_t)cols;
-    return (const char *)source->data + (source->dtype == NPUQ_U4 ? values / 2 : values * size_of(source->dtype));
+    return (const char *)source->data + (is_packed(source->dtype) ? values / 2 : values * size_of(source->dtype));
 }
 
 static const float *scales_at(const npuq_source *source, int64_t row) {
@@ -48,10 +51,10 @@ static const struct kernels *kernels_of(int level) {
 }
 
 static bool is_readable(const npuq_source *source, int64_t rows, int64_t cols) {
-    const bool u4 = source->dtype == NPUQ_U4, scaled = u4 || source->dtype == NPUQ_F8E4M3;
+    const bool packed = is_packed(source->dtype), scaled = packed || source->dtype == NPUQ_F8E4M3;
     if (!(scaled || is_float(source->dtype)) || scaled != (source->block_scale != NULL)) return false;
     if (source->first_row < 0 || source->block_rows < 1 || source->block_cols < 1) return false;
-    if (u4 && (cols % 2 != 0 || source->block_cols % 2 != 0)) return false;
+    if (packed && (cols % 2 != 0 || source->block_cols % 2 != 0)) return false;
     if (scaled && source->scale_stride < (cols + source->block_cols - 1) / source->block_cols) return false;
     return rows >= 0 && cols >= 1 && cols <= NPUQ_MOST_COLUMNS;
 }

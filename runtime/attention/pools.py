@@ -1,5 +1,7 @@
 """The paged cache of a layer: pools of one kind of row each, in blocks of tokens, in one of two layouts.
 
+A block has a row for each token. A pool may have fewer: a row for every few tokens, or rows of a block's last tokens.
+
 ND keeps a token's channels together: a block is `[block_size, 1, D]`. NZ (FRACTAL_NZ) keeps tiles of 16 channels
 together: a block is `[D/16, block_size, 16]`. Channel d of slot s of a pool `[blocks, D/16, block_size, 16]` is
 `[s // block_size, d // 16, s % block_size, d % 16]`. Tiles of an int8 pool have 32 channels, which are the same 32
@@ -30,7 +32,8 @@ class Pool:
     """One row of every token in a layer's cache.
 
     dtype: None is the compute dtype. layout: None is the backend's choice. int8: the pool may hold int8 codes instead,
-    given a scale for each channel.
+    given a scale for each channel. every: one row for so many tokens, which stands in the block of the last of them.
+    last: a block keeps the rows of so many of its last tokens, those that were written last; None: of all.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Pool:
     dtype: torch.dtype | None = None
     layout: Layout | None = None
     int8: bool = False
+    every: int = 1
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,35 @@ class StoredPool:
     channels: int
     dtype: torch.dtype
     layout: Layout
+    every: int = 1
+    last: int | None = None
 
     @property
-    def token_bytes(self) -> int:
+    def row_bytes(self) -> int:
+        """Bytes of a row: of a token, if every token has one."""
         return self.channels * self.dtype.itemsize
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of a block of that many tokens."""
+        return self.rows(block_size) * self.row_bytes
+
+    def rows(self, block_size: int) -> int:
+        """Rows of a block."""
+        rows = -(-block_size // self.every)
+        return rows if self.last is None else min(rows, self.last)
+
+    def slots(self, positions: Tensor, blocks: Tensor, block_size: int) -> Tensor:
+        """Slots of the rows of tokens: int64 `[n]`.
+
+        positions: int64 `[n]`, in their sequence; of several tokens' row, that of the last. blocks: the sequence's.
+        """
+        rows, place = self.rows(block_size), positions % block_size
+        within = place // self.every if self.last is None else place % rows
+        return blocks[positions // block_size].long() * rows + within
 
     def shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """Shape of the pool's tensor. Raises BackendError for channels that NZ tiles do not divide."""
+        block_size = self.rows(block_size)
         if self.layout == "nd":
             return num_blocks, block_size, 1, self.channels
         tile = INT8_CHANNELS if self.dtype is torch.int8 else CHANNELS
@@ -81,6 +108,8 @@ def stored_pools(
             pool.channels,
             torch.int8 if pool.name in scaled else pool.dtype or dtype,
             pool.layout or layout,
+            pool.every,
+            pool.last,
         )
         for pool in pools
     )
@@ -125,6 +154,20 @@ class LayerCache:
 
     def __getitem__(self, name: str) -> Pages:
         return self.pages[name]
+
+    def rows(self, name: str, positions: Tensor, blocks: Tensor) -> Tensor:
+        """Rows of a pool at `positions` int64 `[n]` of the sequence that has these blocks: `[n, channels]`."""
+        pages = self.pages[name]
+        return pages.at(pages.pool.slots(positions, blocks, self.block_size))
+
+    def put(self, name: str, positions: Tensor, blocks: Tensor, rows: Tensor) -> None:
+        """Write rows `[n, channels]` of a pool at ascending `positions` int64 `[n]` of a sequence."""
+        pages = self.pages[name]
+        slots = pages.pool.slots(positions, blocks, self.block_size)
+        if pages.pool.last is not None:  # of the tokens that share a slot, the last one stays
+            within = pages.pool.rows(self.block_size)
+            slots[:-within] = slots[:-within].masked_fill(slots[:-within] == slots[within:], -1)
+        pages.write(slots, rows)
 
 
 def write_rows(tensor: Tensor, layout: Layout, slots: Tensor, rows: Tensor) -> None:

@@ -23,7 +23,8 @@ from ..attention.kinds import attention_of
 from ..attention.pools import LayerCache
 from ..backend import make_ops
 from ..engine import check_token_ids
-from ..model import LayerWeights, Model
+from ..model import Model
+from ..model_weights import LayerWeights
 from ..ops import Ops, Step
 from ..step import Chunk, RopeRows, StepBuilder
 from ..store import open_store
@@ -38,6 +39,8 @@ _BLOCK_SIZE = 128
 @dataclass(frozen=True)
 class LayerError:
     """Error of a decoder layer's output, the hidden states `[tokens, hidden_size]`, against the source's.
+
+    Of a model with several residual streams, the output is all of them.
 
     relative_error: ‖quantized − float‖ / ‖float‖ over all tokens. cosine: of the two outputs of a token, mean over
     tokens. In both, each model ran its own layers before this one: errors of all layers so far accumulate. `own_…`: the
@@ -182,7 +185,8 @@ class _Side:
         return builder.build(chunks)[0]
 
     def embed(self, step: Step) -> Tensor:
-        return self._model.ops.norms.embedding(step.token_ids, self._model.weights.embedding)
+        model = self._model
+        return model.begin(model.ops.norms.embedding(step.token_ids, model.weights.embedding)).values
 
     def load(self, layer: int) -> _Layer:
         ops, attention = self._model.ops, self._model.attention
@@ -192,11 +196,11 @@ class _Side:
 
     def run(self, layer: _Layer, stream: _Stream, step: Step) -> _Stream:
         """Run a layer: its output for its input."""
-        delta, residual, selected = self._model.decoder_layer(
-            layer.weights, None, stream.hidden.clone(), layer.cache, step, stream.selected
-        )
-        self._model.weights.files.check()
-        return _Stream(delta + residual, selected)
+        model = self._model
+        given = model.residual(stream.hidden.clone())
+        residual, selected = model.decoder_layer(layer.weights, given, layer.cache, step, stream.selected)
+        model.weights.files.check()
+        return _Stream(residual.values, selected)
 
 
 class _Comparison:

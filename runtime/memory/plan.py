@@ -29,7 +29,8 @@ class RankPlan:
     """The memory of the rank of a layout that needs most of it.
 
     weights: bytes by kind. usable: bytes that weights, workspace and cache may take. cache_token: bytes of the cache
-    for a token. context: the longest sequence. Every rank has the same tokens in its cache.
+    for a token, rounded up where not every token has a row. context: the longest sequence. Every rank has the same
+    tokens in its cache.
     """
 
     layout: Layout
@@ -119,12 +120,13 @@ class Planner:
         """Bytes of a token in the caches of all layers. Ranks share keys and values of several heads, and no latent."""
         config = self.model.config
         kind = attention_of(config, 1.0, heads)
-        total = 0
+        total, block_size = 0, self.sizes.block_size
         for layer in range(config.num_hidden_layers):
             pools = kind.pools(layer)
             codes = [pool.name for pool in pools if self.int8_cache and pool.int8]
-            total += sum(pool.token_bytes for pool in stored_pools(pools, self.backend.dtype, "nz", codes))
-        return total
+            stored = stored_pools(pools, self.backend.dtype, "nz", codes)
+            total += sum(pool.block_bytes(block_size) for pool in stored)
+        return -(-total // block_size)
 
     def layouts(self, ranks: int) -> tuple[RankPlan, ...]:
         """Plan every layout of so many ranks that divides the model."""

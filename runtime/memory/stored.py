@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from ...dtypes import FLOAT_CODES, ITEM_BYTES
+from ...dtypes import FLOAT_CODES, INTEGER_CODES, ITEM_BYTES
 from ...formats.schemes import Scheme
 from ...formats.sources.weights import Weight
 from ...models.config import ModelConfig
@@ -81,7 +81,7 @@ def form_of(weight: Weight) -> Stored:
     """How a weight of a checkpoint is stored."""
     if weight.linear is not None:
         return Stored(weight.linear.scheme, 0, True)
-    mapped = weight.dtype in FLOAT_CODES
+    mapped = weight.dtype in (*FLOAT_CODES, *INTEGER_CODES)
     return Stored(Scheme.FLOAT, ITEM_BYTES[weight.dtype] if mapped else 0, mapped)
 
 

@@ -158,7 +158,8 @@ def sliced_bytes(part: Part, ranges: Sequence[range], backend: Backend) -> Bytes
 
 
 def _rank_part(part: Part, owned: Owned, backend: Backend) -> Bytes:
-    ranges = owned.ranges(part.block, part.entry, exact_sum=part.stored.scheme is not Scheme.FLOAT)
+    exact_sum = part.stored.scheme is not Scheme.FLOAT
+    ranges = owned.ranges(part.block, part.entry, exact_sum=exact_sum, shape=part.shape)
     experts = owned.config.n_routed_experts
     count = part.count * len(owned.experts) // experts if part.block is Block.EXPERT else part.count
     return sliced_bytes(part, ranges, backend).times(count)

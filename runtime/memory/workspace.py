@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ...models.compressed_attention import CompressedAttention
 from ...models.config import ModelConfig
 from ...models.gqa import Gqa
 from ...models.moe import Moe
@@ -17,6 +18,8 @@ from ...models.sparse_mla import SparseMla
 from ..ranks.layout import Owned
 
 _INT8, _INT32, _FLOAT32 = 1, 4, 4
+_SCORES, _MASKS = 8, 4
+"""Of a query and a compressed entry: scores, sorted scores and their places, and flags, at once."""
 _ROWS: Final = 6
 """Rows of the hidden size that live through a layer: residual, its sum, normed rows and their codes, a block's output
 and the next."""
@@ -57,22 +60,34 @@ def workspace(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes
         blocks.append(_experts(config.moe, hidden, owned, itemsize, tokens))
     # Rank 0 has the logits of the whole vocabulary, gathered, and once more in float32.
     blocks.append(sizes.logit_rows * config.vocab_size * (2 * itemsize + _FLOAT32))
-    kept = _kept(config, owned, itemsize, tokens)
-    return Workspace(_ROWS * tokens * hidden * itemsize + max(blocks), -(-kept // sizes.prefix_segment_tokens))
+    streams = 1 if config.hyper_connections is None else config.hyper_connections.hc_mult
+    rows = _ROWS * streams * tokens * hidden * itemsize
+    return Workspace(rows + max(blocks), _context_token(config, owned, itemsize, sizes))
 
 
-def _kept(config: ModelConfig, owned: Owned, itemsize: int, tokens: int) -> int:
-    """Outputs of a chunk's attention to one segment of what is cached; grouped-query attention has no segments."""
-    if isinstance(config.attention, Gqa):
+def _context_token(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes) -> int:
+    """Outputs of a chunk's attention to one segment of what is cached; grouped-query attention has no segments. With
+    compressed entries, all of a sequence: themselves, and the scores and masks of one head."""
+    widths, tokens = config.attention, sizes.max_num_batched_tokens
+    if isinstance(widths, Gqa):
         return 0
-    values = len(owned.heads) * config.attention.sizes()["v_head"]
-    return tokens * (values * itemsize + len(owned.heads) * _FLOAT32)
+    if isinstance(widths, CompressedAttention):
+        entry = 3 * widths.head_dim * _FLOAT32 + tokens * (_SCORES * _FLOAT32 + _MASKS)
+        return -(-entry // min((ratio for ratio in widths.compress_ratios if ratio), default=entry))
+    values = len(owned.heads) * widths.sizes()["v_head"]
+    kept = tokens * (values * itemsize + len(owned.heads) * _FLOAT32)
+    return -(-kept // sizes.prefix_segment_tokens)
 
 
 def _attention(config: ModelConfig, owned: Owned, itemsize: int, sizes: StepSizes) -> int:
     """Queries, the decompressed keys and values of the longest segment, outputs; with selection also absorbed queries
-    and their outputs. Of grouped-query attention the product with q, k and v, these normed and rotated, outputs."""
+    and their outputs. Of grouped-query attention the product with q, k and v, these normed and rotated, outputs. With
+    compressed entries queries and outputs, normed and rotated, series and gates, and the matrix `o_a` in float32."""
     widths, heads, tokens = config.attention, len(owned.heads), sizes.max_num_batched_tokens
+    if isinstance(widths, CompressedAttention):
+        words = widths.sizes()
+        row = 5 * heads * widths.head_dim + 8 * widths.head_dim + words["index_q"] + words["o_lora"]
+        return tokens * row * itemsize + words["o_lora"] * words["group"] * _FLOAT32
     if isinstance(widths, Gqa):
         queries, keys = heads * widths.head_dim, len(owned.dimension("kv"))
         return tokens * (4 * queries + 6 * keys) * itemsize + _summed(config, owned, tokens)

@@ -2,7 +2,8 @@
 
 The model (`runtime/model.py`) is written once against `Ops`, which has several parts: `weights` makes handles of stored
 weights and `caches` makes paged caches; `norms`, `products`, `routing` and `rotary` compute, and so does one part for
-each kind of attention (`mla`, `sparse` beside it, and `gqa`). Operators have the names (less `npu_`)
+each kind of attention (`mla`, `sparse` beside it, and `gqa`). `compressed`, another kind, and `hyper`, residual
+streams, are parts of the reference alone. Operators have the names (less `npu_`)
 and the semantics of torch_npu's (`npu_rms_norm`, `npu_kv_rmsnorm_rope_cache`, …), and come in two sizes:
 
 * **small operators** are abstract, and every backend implements them. One method is one device call;
@@ -28,6 +29,7 @@ from ..attention.pools import LayerCache
 from ..ranks.group import ALONE, Group
 from ..sampling.rows import LogitRow, host_rows
 from .cache import Caches
+from .compressed_attention import CompressedAttention
 from .graphs import Graphs
 from .grouped_attention import Gqa, GqaConfig, GqaParts, GroupedAttention
 from .handles import (
@@ -54,6 +56,7 @@ from .handles import (
     SparseMla,
     Static,
 )
+from .hyper_connections import HyperOps, HyperWeights
 from .latent_attention import LatentAttention
 from .norms import Norms
 from .products import Products
@@ -67,6 +70,7 @@ __all__ = [
     "Activation",
     "AttentionWeights",
     "Caches",
+    "CompressedAttention",
     "Decode",
     "Experts",
     "Gating",
@@ -74,6 +78,8 @@ __all__ = [
     "GqaConfig",
     "GqaParts",
     "GroupedAttention",
+    "HyperOps",
+    "HyperWeights",
     "IndexerConfig",
     "IndexerParts",
     "IndexerWeights",
@@ -116,7 +122,8 @@ class Ops:
     name: "reference", "cpu" or "ascend". dtype: the compute dtype. device: where a step's tensors live. pinned: their
     copies to it come from page-locked memory.
     group: the ranks that share the model. Parts that exchange rows are made with it.
-    graphs: capture of steps; None for a backend without.
+    graphs: capture of steps; None for a backend without. compressed, hyper: DeepSeek-V4's attention and residual
+    streams; None for a backend without.
     """
 
     name: str
@@ -134,6 +141,8 @@ class Ops:
     mla: LatentAttention
     sparse: SparseAttention
     gqa: GroupedAttention
+    compressed: CompressedAttention | None = None
+    hyper: HyperOps | None = None
 
     def findings(self) -> list[str]:
         """Results of the trials on the device so far, a sentence each."""

@@ -241,8 +241,8 @@ class Keys(NamedTuple):
 class Gating:
     """Gating of a router: from its logits to k experts and their weights.
 
-    scoring: "sigmoid" or "softmax". group_count: groups of E/group_count neighbours; the best `k_group` groups stay.
-    A group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
+    scoring: "sigmoid", "softmax" or "sqrtsoftplus". group_count: groups of E/group_count neighbours; the best `k_group`
+    groups stay. A group's score is the sum of its two best (group_select_mode 1) or its best (mode 0) biased score.
     renormalize: divide the k weights by (their sum + 1e-20). scaling: then multiply by this.
     """
 
@@ -257,11 +257,15 @@ class Gating:
 
 @dataclass(frozen=True)
 class MlpWeights:
-    """Weights of a dense or shared MLP: `gate_up` gives `[T, 2·I]` with gate in the left half."""
+    """Weights of a dense or shared MLP: `gate_up` gives `[T, 2·I]` with gate in the left half.
+
+    limit: gate is clamped to limit at most, up to ±limit, before the activation function; None: neither.
+    """
 
     gate_up: Linear
     down: Linear
     quantized: bool  # down takes rows quantized per token
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,8 @@ class MoeWeights:
     """The routed experts of one layer: `gate_up` gives `[R, 2·I]` with gate in the left half, `down` gives `[R, H]`.
 
     num_experts: of the layer. ranks: that many ranks divide them evenly and in order; `gate_up` and `down` have those
-    of this rank.
+    of this rank. limit: as of `MlpWeights`. expert_table: int64 `[vocab, k]`, the experts of each token id; None where
+    scores choose them.
     """
 
     router: Router
@@ -281,3 +286,5 @@ class MoeWeights:
     quantized: bool  # both linears take int8 activations
     shared: MlpWeights | None = None  # the experts that every token takes
     ranks: int = 1
+    limit: float | None = None
+    expert_table: Tensor | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from ...errors import BackendError
 from ..ranks.group import ALONE, Group
 from .handles import Activation, Gating, MlpWeights, MoeWeights, Quantized, RowParallel
 from .norms import Norms
@@ -53,7 +55,7 @@ class Routing(ABC):
 
     def mlp_inner(self, hidden: Tensor, weights: MlpWeights) -> Activation:
         """Compute the input of an MLP's last linear: `[T, H]` → `[T, I]`, of this rank's channels."""
-        gate_up = self.products.linear(hidden, weights.gate_up)
+        gate_up = clamped(self.products.linear(hidden, weights.gate_up), weights.limit)
         if not weights.quantized:
             return self.norms.swiglu(gate_up)
         if not isinstance(weights.down, RowParallel):
@@ -71,6 +73,26 @@ class Routing(ABC):
         dense = None if weights.shared is None else self.mlp(hidden, weights.shared)
         top_weights, expert_ids = self.moe_gate(hidden, weights)
         return self.moe_experts(hidden, top_weights, expert_ids, weights, dense)
+
+    def hash_moe(self, hidden: Tensor, token_ids: Tensor, weights: MoeWeights) -> Tensor:
+        """Run shared experts, and those that `weights.expert_table` has for the tokens' ids: `[T, H]` → `[T, H]`.
+
+        token_ids: int64 `[T]`.
+        """
+        assert weights.expert_table is not None
+        dense = None if weights.shared is None else self.mlp(hidden, weights.shared)
+        expert_ids = weights.expert_table[token_ids].int()
+        logits = self.products.router_logits(hidden, weights.router)
+        return self.moe_experts(
+            hidden, self.expert_weights(logits, expert_ids, weights.gating), expert_ids, weights, dense
+        )
+
+    def expert_weights(self, logits: Tensor, expert_ids: Tensor, gating: Gating) -> Tensor:
+        """Weights of given experts, as `moe_gating_top_k` weighs those that it chooses: float32 `[T, k]`.
+
+        Raises BackendError for a backend without this operator.
+        """
+        raise BackendError("this backend weighs no experts that a table chooses: take the reference backend")
 
     def moe_gate(self, hidden: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
         """Run the router: hidden `[T, H]` → (weights float32 `[T, k]`, expert ids int32 `[T, k]`)."""
@@ -123,7 +145,7 @@ class Routing(ABC):
         A backend may keep float32 from the product to the codes and round these twice, to float16 and to int8:
         `reference.routing.swiglu_quant_twice`.
         """
-        gate_up = self.products.grouped_matmul(rows, weights.gate_up, group_list)
+        gate_up = clamped(self.products.grouped_matmul(rows, weights.gate_up, group_list), weights.limit)
         return self.norms.dequant_swiglu_quant(gate_up) if weights.quantized else self.norms.swiglu(gate_up)
 
 
@@ -132,3 +154,11 @@ def row_range(rows: Activation, first: int, count: int) -> Activation:
     if isinstance(rows, Quantized):
         return Quantized(rows.codes.narrow(0, first, count), rows.scale.narrow(0, first, count))
     return rows.narrow(0, first, count)
+
+
+def clamped(gate_up: Tensor, limit: float | None) -> Tensor:
+    """Clamp the left half of `[rows, 2·I]` to `limit` at most, and the right half to ±`limit`; None: neither."""
+    if limit is None:
+        return gate_up
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1)

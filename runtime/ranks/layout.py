@@ -152,16 +152,23 @@ class Owned:
         first, last = self.heads.start // widths.group, (self.heads.stop - 1) // widths.group
         return range(first * widths.head_dim, (last + 1) * widths.head_dim)
 
-    def ranges(self, block: Block, entry: Entry, *, exact_sum: bool) -> tuple[range, ...]:
+    def ranges(
+        self, block: Block, entry: Entry, *, exact_sum: bool, shape: tuple[int, ...] | None = None
+    ) -> tuple[range, ...]:
         """The part of a tensor, a range of each dimension; of an expert's tensor, all of it.
 
+        shape: of the whole tensor; needed where a word of it is a layer's own number, which is never divided.
         exact_sum: partial products over a divided input can be added exactly: those of int8 codes can, float ones
         cannot. Where they cannot, the outputs are divided instead, and ranks exchange inputs and outputs.
         """
         if block is not Block.EXPERT and entry.kind == "linear" and sums_inputs(entry) and not exact_sum:
             outputs, inputs = (sizes(self.config)[word] for word in entry.shape)
             return self.tiles(outputs), range(inputs)
-        return tuple(self.dimension(word) for word in entry.shape)
+        found = sizes(self.config)
+        return tuple(
+            range(shape[axis]) if shape is not None and word not in found else self.dimension(word)
+            for axis, word in enumerate(entry.shape)
+        )
 
 
 def sums_inputs(entry: Entry) -> bool:

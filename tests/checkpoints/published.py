@@ -311,6 +311,74 @@ GLM_45_AIR = GLM_45 | {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.0,
 }
+V4_FLASH: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "attention_bias": False,
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 43,
+    "num_nextn_predict_layers": 1,
+    "num_hash_layers": 3,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "compress_rope_theta": 160000,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "hidden_act": "silu",
+    "swiglu_limit": 10.0,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "vocab_size": 129280,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1048576,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+V4_PRO = V4_FLASH | {
+    "hidden_size": 7168,
+    "moe_intermediate_size": 3072,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+    "index_topk": 1024,
+    "n_routed_experts": 384,
+    "routed_scaling_factor": 2.5,
+}
 RELEASES: dict[str, dict[str, Any]] = {
     "DeepSeek-V2-Lite": V2_LITE,
     "Moonlight-16B-A3B": MOONLIGHT,
@@ -326,6 +394,8 @@ RELEASES: dict[str, dict[str, Any]] = {
     "Qwen3-Coder-480B-A35B": QWEN3_CODER_480B,
     "GLM-4.5": GLM_45,
     "GLM-4.5-Air": GLM_45_AIR,
+    "DeepSeek-V4-Flash": V4_FLASH,
+    "DeepSeek-V4-Pro": V4_PRO,
 }
 
 
@@ -341,6 +411,9 @@ def _tensors(config: dict[str, Any]) -> Iterator[Header]:
         yield from kimi_k25_full.headers()
         return
     model = ModelConfig.from_dict(config)
+    if config["model_type"] == "deepseek_v4":
+        yield from _v4_tensors(model)
+        return
     # GLM-5's releases leave out what their MTP layer shares with the model.
     shared = config["model_type"] == "glm_moe_dsa"
     mtp = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
@@ -350,6 +423,25 @@ def _tensors(config: dict[str, Any]) -> Iterator[Header]:
         if "quantization_config" in config and _is_fp8(spec):
             yield name, "F8_E4M3", spec.shape
             yield f"{name}_scale_inv", "F32", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
+        else:
+            yield name, spec.kept_dtype or "BF16", spec.shape
+
+
+def _v4_tensors(model: ModelConfig) -> Iterator[Header]:
+    """FP4 experts, FP8 linears, powers of two beside them; without copies of embedding and head."""
+    drafts = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
+    fp8 = ("q_a", "q_b", "kv", "o_a", "o_b", "index_q", "e_proj", "h_proj")
+    for name, spec in expected_specs(model, drafts).items():
+        if spec.optional or spec.entry is None:
+            continue
+        scale = name.removesuffix("weight") + "scale"
+        if spec.block is Block.EXPERT:
+            rows, columns = spec.shape
+            yield name, "I8", (rows, columns // 2)
+            yield scale, "F8_E8M0", (rows, columns // 32)
+        elif spec.block is Block.SHARED or spec.entry.part in fp8:
+            yield name, "F8_E4M3", spec.shape
+            yield scale, "F8_E8M0", (-(-spec.shape[0] // 128), -(-spec.shape[1] // 128))
         else:
             yield name, spec.kept_dtype or "BF16", spec.shape
 

@@ -56,3 +56,14 @@ def test_float_experts_are_refused(artifact, tmp_path):
 
     with pytest.raises(ValueError, match="Unsupported ModelSlim MoE"):
         load(engine, corrupt(artifact("v3-mtp"), tmp_path / "float", tag), 1)
+
+
+def test_schemes_of_deepseek_v4_are_found(tmp_path):
+    """Under the names of its classes, from the release's; the experts' method is the one for W4A8."""
+    from engine_rig.v4_description import describe, differing
+    from sglang.srt.layers.quantization.modelslim.modelslim import ModelSlimConfig
+
+    config = ModelSlimConfig.from_config(describe(tmp_path))
+    assert differing(config.quant_description) == []
+    experts = config.get_moe_scheme(None, "model.layers.0.mlp.experts")
+    assert [type(scheme).__name__ for scheme in experts] == ["ModelSlimW4A8Int8MoE"] * 2

@@ -135,7 +135,11 @@ ONES = torch.ones(160, 1)
 @pytest.mark.parametrize(
     ("tensors", "quantization", "message"),
     [
-        ({"a.weight_scale": None}, None, "has no scale 'a.weight_scale_inv' or 'a.weight_scale' in any shard"),
+        (
+            {"a.weight_scale": None},
+            None,
+            "has no scale 'a.weight_scale_inv' or 'a.weight_scale' or 'a.scale' in any shard",
+        ),
         ({"a.weight": None}, None, "scale 'a.weight_scale' belongs to no FP8 weight"),
         ({"a.weight": torch.ones(160, 288)}, None, "scale 'a.weight_scale' belongs to no FP8 weight"),
         ({"a.weight_scale_inv": torch.ones(2, 3)}, None, "two scales, 'a.weight_scale_inv' and 'a.weight_scale'"),

@@ -58,6 +58,7 @@ CASES: dict[str, list[list[str]]] = {
     "plain": [*ANY, *LOADED, [*CONVERT, "--method", "rotate+mse"], [*EVALUATE, "--source", "{source}", "--layers"]],
     "ranks": [CONVERT, *LOADED, *LOADED, [*CONVERT, *CALIBRATE, "gptq"]],
     "fp8": [*ANY, [*CONVERT, "--method", "minmax"]],
+    "v4": [*ANY, [*CONVERT, "--method", "minmax"]],
     "compressed": [*ANY, ["verify", "{d}"], GENERATE],
     "packed": [*ANY, ["verify", "{d}"]],
     "modelslim": [*ANY, *LOADED, *VERIFY],

@@ -18,7 +18,9 @@ from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.errors import NpuqError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "foreign"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "checkpoints"))
 from foreign import write_compressed, write_modelslim, write_shards
+from packed_v4 import write_random_release
 
 SHARD_BYTES = 80_000
 FP8_BLOCK = 16, 32
@@ -49,6 +51,7 @@ def make_inputs(folder: Path) -> None:
     (source / "model.safetensors").unlink()
     write_shards(load_file(plain / "model.safetensors"), source, "model", 3)
     _write_fp8(plain, folder / "fp8")
+    write_random_release(folder / "v4")
     _write_ranks(write_checkpoint(folder / "ranks", {**V3, "vocab_size": 320, "eos_token_id": 1}))
     _add_words(folder / "words")
     for written in (

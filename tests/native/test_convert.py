@@ -113,6 +113,27 @@ def test_int4_in_groups_of_32(columns: int, method: Method) -> None:
                 _check(native.quantize(stored, scheme.weight_bits, method is Method.MSE, 16, level), expected)
 
 
+@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize(
+    ("columns", "least", "spread"),
+    # Groups alike, as in a trained layer, far apart, below what fixed point holds, and a row of part of a group.
+    [(32, 120, 1), (96, 118, 3), (2048, 110, 9), (7168, 116, 6), (640, 60, 40), (640, 1, 200), (48, 120, 2)],
+)
+def test_fp4_in_groups_of_32(columns: int, least: int, spread: int, method: Method) -> None:
+    """Every nibble under powers of two, a row of zeros, and a scale that is no power of two."""
+    generator = torch.Generator().manual_seed(columns + least)
+    rows = torch.randint(-128, 128, (6, columns // 2), generator=generator, dtype=torch.int8)
+    rows[3] = 0x08  # 0 and -0
+    scale = torch.exp2(torch.randint(least, least + spread, (6, -(-columns // 32)), generator=generator) - 127.0)
+    scale[4, 0] *= 1.25
+    for first in (0, 2):
+        stored = StoredRows(rows[first:], BlockScale(scale, first, 1, 32))
+        for scheme in (Scheme.W4A8, Scheme.W8A8):
+            expected = quantize_rows(stored.to_float32(), scheme, method, row_parallel=True)
+            for level in LEVELS:
+                _check(native.quantize(stored, scheme.weight_bits, method is Method.MSE, 16, level), expected)
+
+
 @pytest.mark.parametrize("columns", [512, 513, 4095, 4096, 4097, 7168])
 def test_long_rows(columns: int) -> None:
     """Of whole vectors and parts of sums, a little more or less, and those of real models."""

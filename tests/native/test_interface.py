@@ -49,6 +49,7 @@ CONSTANTS = {
     "NPUQ_I8": binding.DTYPES[torch.int8],
     "NPUQ_I4": binding.INT4,
     "NPUQ_U4": binding.DTYPES[torch.uint8],
+    "NPUQ_F4": quantization.NUMBERS["I8"],
     "NPUQ_NZ": binding.LAYOUTS["nz"],
     "NPUQ_ND": binding.LAYOUTS["nd"],
 }

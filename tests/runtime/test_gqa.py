@@ -117,7 +117,7 @@ def test_batches_prefix_cache_and_preemption(pairs: Callable[[str], Pair], name:
     assert model.engine.blocks.num_known > 0
     attention, layers = model.engine.model.attention, range(model.engine.model.config.num_hidden_layers)
     stored = [model.engine.model.ops.caches.stored(attention.pools(layer)) for layer in layers]
-    block = 16 * sum(pool.token_bytes for pools in stored for pool in pools)
+    block = 16 * sum(pool.row_bytes for pools in stored for pool in pools)
     model = load(directory, backend, engine=replace(SMALL, kv_cache_bytes=8 * block))
     assert greedy(model, prompts, 20) == alone
     assert model.engine.scheduler.num_preempted > 0

@@ -53,7 +53,7 @@ def test_tiles_are_32_bytes_of_the_types_that_they_are_made_for() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for scaled in ((), ("latent",)):
             (pool,) = stored_pools([Pool("latent", 64, int8=True)], dtype, "nz", scaled)
-            shapes[dtype, bool(scaled)] = pool.shape(3, 16), pool.token_bytes
+            shapes[dtype, bool(scaled)] = pool.shape(3, 16), pool.row_bytes
     assert shapes == {
         (torch.bfloat16, False): ((3, 4, 16, 16), 128),
         (torch.bfloat16, True): ((3, 2, 16, 32), 64),
@@ -81,7 +81,7 @@ def test_a_layer_with_a_third_pool_in_nd_layout() -> None:
     """Sparse attention's: index keys beside latent and rope, all in ND. Allocation, writing and gathering loop."""
     caches = make_ops("reference", torch.bfloat16).caches
     pools = [Pool(name, width, layout="nd") for name, width in (("latent", 24), ("rope", 8), ("index_key", 40))]
-    assert [pool.token_bytes for pool in caches.stored(pools)] == [48, 16, 80]
+    assert [pool.row_bytes for pool in caches.stored(pools)] == [48, 16, 80]
     cache = caches.new(pools, 3, 16)
     rows = {pool.name: torch.randn(20, pool.channels).bfloat16() for pool in pools}
     slots = torch.cat([torch.arange(32, 48), torch.arange(4)])

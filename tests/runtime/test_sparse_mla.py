@@ -132,7 +132,7 @@ def test_batches_and_preemption(models: Callable[..., Sparse], name: str, backen
     assert greedy(npuq.runtime.load(sparse.directory, backend), prompts, 20) == alone
     model = npuq.runtime.load(sparse.directory, backend, engine=SMALL)
     assert greedy(model, prompts, 20) == alone
-    block = sum(pool.token_bytes for pools in _stored(model) for pool in pools) * 16
+    block = sum(pool.row_bytes for pools in _stored(model) for pool in pools) * 16
     model = npuq.runtime.load(sparse.directory, backend, engine=replace(SMALL, kv_cache_bytes=8 * block))
     assert greedy(model, prompts, 20) == alone
     assert model.engine.scheduler.num_preempted > 0

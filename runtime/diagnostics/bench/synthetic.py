@@ -79,6 +79,9 @@ class RandomStore:
         made = torch.empty(shape, dtype=torch.bfloat16)
         return made.normal_(0, shape[-1] ** -0.5, generator=self._generator)
 
+    def table(self, name: str, *shape: int, most: int) -> Tensor:
+        return torch.randint(most, shape, generator=self._generator)
+
     def scheme(self, prefix: str) -> Scheme:
         return Scheme.W4A8 if self._specs[f"{prefix}.weight"].role is Role.ROUTED_EXPERT else Scheme.W8A8
 

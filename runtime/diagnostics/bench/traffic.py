@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...attention.pools import LayerCache, Pages
-from ...model import LayerWeights, ModelWeights
+from ...model_weights import LayerWeights, ModelWeights
 from ...ops import Decode, Gqa, Mla, MoeWeights, SparseMla, Step
 from ...ops.latent_attention import LATENT, ROPE
 from ...ops.sparse_attention import INDEX_KEY
@@ -112,7 +112,7 @@ def _cache_bytes(name: str, pages: Iterable[Pages], tokens: int, decode: Decode 
 
 
 def _token_bytes(pages: Pages) -> int:
-    return pages.pool.token_bytes
+    return pages.pool.row_bytes
 
 
 def _decode_of(args: Sequence[Any]) -> Decode | None:

@@ -8,7 +8,9 @@ from ....errors import BackendError
 from ...ranks.group import ALONE, Group
 from .. import Ops
 from .cache import ReferenceCaches
+from .compressed_attention import ReferenceCompressedAttention
 from .grouped_attention import ReferenceGroupedAttention
+from .hyper_connections import ReferenceHyperOps
 from .latent_attention import ReferenceLatentAttention
 from .norms import ReferenceNorms
 from .products import ReferenceProducts
@@ -45,3 +47,5 @@ class ReferenceOps(Ops):
         self.mla = ReferenceLatentAttention(dtype, self.weights, self.norms, self.products, self.rotary)
         self.sparse = ReferenceSparseAttention(dtype, self.weights, self.norms, self.products, self.rotary)
         self.gqa = ReferenceGroupedAttention(dtype, self.weights, self.norms, self.products, self.rotary)
+        self.compressed = ReferenceCompressedAttention(dtype, self.weights, self.norms, self.products)
+        self.hyper = ReferenceHyperOps()

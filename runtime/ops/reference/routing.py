@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,10 +29,10 @@ class ReferenceRouting(Routing):
         if gating.group_count > 1:
             choice = _keep_best_groups(choice, gating)
         ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : gating.k]
-        weights = scores.gather(-1, ids)
-        if gating.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * gating.scaling, ids.int()
+        return _weights(scores, ids, gating), ids.int()
+
+    def expert_weights(self, logits: Tensor, expert_ids: Tensor, gating: Gating) -> Tensor:
+        return _weights(router_scores(logits, None, gating)[0], expert_ids.long(), gating)
 
     def moe_init_routing(
         self, x: Tensor, expert_ids: Tensor, num_experts: int, quantize: bool
@@ -63,8 +66,22 @@ class ReferenceRouting(Routing):
 
 def router_scores(logits: Tensor, bias: Tensor | None, gating: Gating) -> tuple[Tensor, Tensor]:
     """Scores that weigh experts, and biased scores that choose them, float32 `[T, E]` each; all groups are in."""
-    scores = logits.sigmoid() if gating.scoring == "sigmoid" else logits.softmax(-1)
+    scores = _SCORES[gating.scoring](logits)
     return scores, scores if bias is None else scores + bias
+
+
+_SCORES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "sigmoid": Tensor.sigmoid,
+    "softmax": lambda logits: logits.softmax(-1),
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
+
+def _weights(scores: Tensor, ids: Tensor, gating: Gating) -> Tensor:
+    weights = scores.gather(-1, ids)
+    if gating.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * gating.scaling
 
 
 def _keep_best_groups(choice: Tensor, gating: Gating) -> Tensor:

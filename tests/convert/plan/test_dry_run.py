@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 from holes import Header, write_holes
 from published import GLM_45, GLM_45_AIR, GLM_47_FLASH, GLM_52, MOONLIGHT, QWEN3_30B, QWEN3_CODER_480B, V3, V32
@@ -205,3 +206,20 @@ def test_a_dry_run_changes_nothing(v3_source, rig, tmp_path, tree):
     before = tree(output)
     assert convert_checkpoint(v3_source, output, dry_run=True, **options).jobs_resumed > 0
     assert tree(output) == before
+
+
+def test_deepseek_v4_flash_at_its_published_size(tmp_path, monkeypatch):
+    """Its MTP layer has the 1,575 tensors that the release lists."""
+    layers, experts, compressed = 43, 256, 41
+    monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output: 10**13)
+    headers = published.write_release(tmp_path / "source", published.V4_FLASH)
+    assert sum(name.startswith("mtp.0.") for name, *_ in headers) == 1575
+    summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", dry_run=True)
+    assert summary.refusal is None
+    roles = {(role["role"], role["scheme"]): role["tensors"] for role in summary.roles}
+    assert roles["routed_expert", "W4A8_DYNAMIC"] == layers * experts * 3
+    assert roles["mtp_routed_expert", "W8A8_DYNAMIC"] == experts * 3
+    assert roles["attention", "W8A8_DYNAMIC"] == layers * 3 and roles["attention_output", "FLOAT"] == layers * 2
+    # Of each compressor wkv, wgate, ape and norm; every other layer selects, and so has an indexer's too.
+    assert roles["compressor", "FLOAT"] == 4 * (compressed + roles["indexer", "W8A8_DYNAMIC"])
+    assert roles["router_table", "FLOAT"] == 3 and roles["router_bias", "FLOAT"] == layers - 3
