@@ -50,7 +50,7 @@ class PlainWeight(OfTensor):
         return self.checkpoint.view(self.name)
 
     def row_bytes(self) -> RowBytes | None:
-        if self.info.dtype in INTEGER_CODES:
+        if self.info.dtype not in FLOAT_CODES:
             return None
         return RowBytes(self.checkpoint, self.name, self.info.dtype)
 
