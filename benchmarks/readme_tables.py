@@ -185,10 +185,10 @@ def calibrate(found: Result) -> Lines:
 
 
 def sampling(found: Result) -> Lines:
-    yield from head("rows, request", "native ms", "CPU ms", "numpy ms", "numpy of native")
+    yield from head("rows, request", "native ms", "CPU ms", "% of DeepSeek-V3's step", "numpy ms", "numpy of native")
     for each in found["requests"]:
         request = ", ".join(f"{name} {value:g}" for name, value in each["request"].items())
-        columns = "native ms", "native CPU ms", "numpy ms", "numpy of native"
+        columns = "native ms", "native CPU ms", "% of V3's step", "numpy ms", "numpy of native"
         yield row(f"{each['rows']}, {request}", *(with_spread(each, name) for name in columns))
 
 
