@@ -192,6 +192,13 @@ def sampling(found: Result) -> Lines:
         yield row(f"{each['rows']}, {request}", *(with_spread(each, name) for name in columns))
 
 
+def attention(found: Result) -> Lines:
+    yield from head("operator", "GMAC/s", "GB/s", "of torch's bf16", "of torch's int8")
+    for each in found["operators"]:
+        rates = with_spread(each, "rate", 0, 1e-9), with_spread(each, "bytes", 1, 1e-9)
+        yield row(each["name"], *rates, with_spread(each, "of bf16"), with_spread(each, "of int8"))
+
+
 def ranks(found: Result) -> Lines:
     settings = found["settings"]
     names = [name if name == "one process" else f"`{name}`" for name in settings]
@@ -258,6 +265,7 @@ TABLES: dict[str, Table] = {
     "context": Table(("context",), context, "Tokens/s; medians of the rounds, least and greatest in brackets."),
     "convert": Table(("convert",), convert),
     "calibrate": Table(("calibrate",), calibrate, "One run; linears scaled from some rows and tokens to all."),
+    "attention": Table(("attention",), attention),
     "sampling": Table(("sampling",), sampling),
     "ranks": Table(("ranks",), ranks, "Tokens/s; ratios to one process, for the processor those of all ranks."),
     "sparse-attention": Table(("sparse-attention-v32", "sparse-attention-glm"), sparse_attention),

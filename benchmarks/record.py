@@ -35,6 +35,7 @@ BUILD = HERE.parent / "build"
 # Name → the script with its options, of a whole run and of a smoke run.
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "kernels": ("kernels.py --rounds 5", "kernels.py --rounds 2 --repeat 2"),
+    "attention": ("attention.py --rounds 5", "attention.py --rounds 2 --keys 2048 --prompt 512"),
     "sampling": ("sampling.py --rounds 9", "sampling.py --rounds 2 --sequences 4"),
     "first-token": ("first_token.py --repeat 7", "first_token.py --repeat 2"),
     "convert": (
@@ -51,7 +52,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "runtime.py --shape qwen3 --rounds 2 --layers 2 --prompt 64 --tokens 4 --batch 0",
     ),
     "context": (
-        "runtime.py --context 4096,8192,32768 --rounds 3 --tokens 20",
+        "runtime.py --context 4096,8192,32768 --layers 2 --rounds 3 --tokens 20 --seconds 3000",
         "runtime.py --context 256,512 --rounds 2 --layers 3 --tokens 4",
     ),
     "sparse-attention-v32": (
@@ -67,7 +68,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "serve-random": ("serve.py --random --rounds 3 --prompt 100 --tokens 24", ""),
 }
 # Scripts whose `--threads` is the number of cores that a process may use.
-THREADED = ("kernels.py", "sampling.py", "runtime.py", "sparse_attention.py", "serve.py")
+THREADED = ("kernels.py", "attention.py", "sampling.py", "runtime.py", "sparse_attention.py", "serve.py")
 
 
 def main() -> None:

@@ -138,6 +138,13 @@ RECORD: dict[str, Any] = {
                 "whole_v3": {"experts_cpu_s": 7200.0, "others_cpu_s": 3600.0},
             }
         ),
+        "attention": benchmark(
+            {
+                "operators": [
+                    {"name": "one token", **of_rounds({"rate": 2e11, "bytes": 1e10, "of bf16": 0.8, "of int8": 0.4})}
+                ]
+            }
+        ),
         "sampling": benchmark(
             {
                 "requests": [
@@ -189,6 +196,7 @@ LINES = {
     " 50.00 (50.00 to 50.00), npuq 4.00 (2.00 to 6.00) × | 5.00 (5.00 to 5.00), npuq 4.00 (2.00 to 6.00) × |",
     "convert": "| /dev/shm, mse | 2.500 (2.400 to 2.600) | 3.000 | 0.80 (0.70 to 0.90) | 0.78 | 0.38 | 245 MB |",
     "calibrate": "| a whole V3 by that, without attention's scores and reading | 3 hours |  |",
+    "attention": "| one token | 200 | 10.0 | 0.80 | 0.40 |",
     "sampling": "| flat, temperature 1, top_p 0.95 | 6.00 | 7.00 | 0.12 | 15.00 | 2.50 |",
     "ranks": "| decode | 90.0 | 45.0; 0.50 × |",
     "sparse-attention": "| 1,024 |"
