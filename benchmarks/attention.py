@@ -61,7 +61,8 @@ def main() -> None:
         limits.append(products(clock))
         rounds.append([measure(work, limits[-1], clock) for work in works])
     found = [
-        {"name": work.name, **summary(list(figures))} for work, figures in zip(works, zip(*rounds, strict=True), strict=True)
+        {"name": work.name, **summary(list(figures))}
+        for work, figures in zip(works, zip(*rounds, strict=True), strict=True)
     ]
     if options.json:
         print(as_json({**vars(options), "level": ops.pool.level, "limits": summary(limits), "operators": found}))

@@ -55,7 +55,12 @@ def v3_step_bytes(sequences: int) -> float:
     expert = 3 * hidden * 2048
     chosen = 256 * (1 - (1 - 8 / 256) ** sequences)
     dense = dense_layers * 3 * hidden * 18432
-    return layers * (q + kv + o) + dense + (layers - dense_layers) * (expert + chosen * expert / 2) + 2 * vocabulary * hidden
+    return (
+        layers * (q + kv + o)
+        + dense
+        + (layers - dense_layers) * (expert + chosen * expert / 2)
+        + 2 * vocabulary * hidden
+    )
 
 
 def main() -> None:
@@ -79,7 +84,9 @@ def main() -> None:
         print(as_json({**sizes, "level": ops.pool.level, "requests": found}))
         return
     print(f"{options.sequences} sequences, {options.vocabulary} tokens, {options.threads} threads, {ops.pool.level}")
-    print(f"a step of DeepSeek-V3 reads {nbytes / 1e9:.0f} GB: {with_spread(found[0], 'V3 step ms', 0)} ms by plain read")
+    print(
+        f"a step of DeepSeek-V3 reads {nbytes / 1e9:.0f} GB: {with_spread(found[0], 'V3 step ms', 0)} ms by plain read"
+    )
     print("| rows | request | native ms | CPU ms | % of V3's step | numpy ms | numpy of native |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for row in found:
