@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--threads 2] [--rounds 5] [--only absorbed] [--level avx512bf16] [--json]
 
-One token to a long cache and a causal prompt, in the shapes of DeepSeek-V3 (absorbed attention of 16 and 128 heads, bf16
-and int8 caches; decompressed attention) and of Qwen3-30B-A3B (32 heads that share 4). A round measures the products, then
-each operator once; ratios are computed within a round, figures are medians. Of a prompt, half of the square is counted. With
-`--threads 1` processor time is counted, which other work on the machine disturbs less.
+One token to a long cache and a causal prompt, in the shapes of DeepSeek-V3 (absorbed attention of 16 and 128 heads,
+bf16 and int8 caches; decompressed attention) and of Qwen3-30B-A3B (32 heads that share 4). A round measures the
+products, then each operator; ratios are computed within a round, figures are medians. Of a prompt, half of the square
+is counted. With `--threads 1` processor time is counted, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations

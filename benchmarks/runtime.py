@@ -2,7 +2,7 @@
 
     python benchmarks/runtime.py [--threads 2] [--rounds 3] [--json]
     python benchmarks/runtime.py --llama-cpp ENV/bin/python --transformers     # the peers too
-    python benchmarks/runtime.py --context 4096,8192,32768 --layers 2 --llama-cpp ENV/bin/python    # one sequence, by its length
+    python benchmarks/runtime.py --context 4096,8192,32768 --layers 2 --llama-cpp ENV/bin/python    # one sequence
 
 The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
 (build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
@@ -157,8 +157,8 @@ def measure_contexts(
 ) -> dict[int, list[Figures]]:
     """Measure every length in every round, the shortest first, as far as the time goes.
 
-    A length that was not measured yet is expected to take the square of its ratio to the one before: a prompt's attention
-    does, and all else takes less. What would end after `options.seconds` is left out and named on stderr.
+    A length that was not measured yet is expected to take the square of its ratio to the one before: attention does,
+    and all else takes less. What would end after `options.seconds` is left out and named on stderr.
     """
     found: dict[int, list[Figures]] = {length: [] for length in sorted(options.context)}
     taken: dict[int, float] = {}

@@ -5,10 +5,10 @@
 Rows are model-like (a few likely tokens above a normal rest), flat, or all equal. A step samples a token a sequence.
 Kernel and numpy take turns, a round each; figures are medians, with the least and the greatest in the JSON.
 
-Sampling's share of a step: the step is DeepSeek-V3's for as many sequences with no context, taken as the time in which a
-plain read brings its weights, so that a real step is longer. It reads attention, dense and shared linears (a byte a weight),
-the head (two), and of the routed experts (half a byte) those that the sequences are expected to choose. Bandwidth is
-measured before the rounds of each request.
+Sampling's share of a step: the step is DeepSeek-V3's for as many sequences with no context. Its time is taken as that
+of a plain read of its weights, so a real step is longer. It reads attention, dense and shared linears (a byte a
+weight), the head (two), and of the routed experts (half a byte) those that the sequences are expected to choose.
+Bandwidth is measured before the rounds of each request.
 """
 
 from __future__ import annotations
