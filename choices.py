@@ -9,6 +9,9 @@ KV_CACHE_DTYPES: Final = ("auto", "int8")
 HUBS: Final = ("huggingface", "modelscope")
 COMPUTE_DTYPES: Final = ("float32", "bfloat16")
 ENGINES: Final = ("vllm-ascend", "sglang")
+RECIPES: Final = ("w4a8", "w8a8", "float")
+METHODS: Final = ("minmax", "mse", "gptq", "smooth", "rotate", "rotate+smooth+gptq", "auto")
+"""The methods that a shell completes; others are chains of these."""
 PROGRESS_FORMS: Final = ("auto", "bar", "lines", "json", "none")
 
 REASONING_FORMATS: Final = ("auto", "none", "deepseek", "kimi")

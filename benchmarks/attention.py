@@ -4,8 +4,8 @@
 
 One token to a long cache and a causal prompt, in the shapes of DeepSeek-V3 (absorbed attention of 16 and 128 heads,
 bf16 and int8 caches; decompressed attention) and of Qwen3-30B-A3B (32 heads that share 4). A round measures the
-products, then each operator; ratios are computed within a round, figures are medians. Of a prompt, half of the square
-is counted. With `--threads 1` processor time is counted, which other work on the machine disturbs less.
+products, then each operator once; ratios are computed within a round, figures are medians. Of a prompt, half of the
+square is counted. With `--threads 1` processor time is counted, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine import as_json
-from machine_limits import Clock, best, fastest_int8, random_int8
-from rounds import Figures, summary, with_spread
+from measure.machine import as_json
+from measure.machine_limits import Clock, best, fastest_int8, random_int8
+from measure.rounds import Figures, summary, with_spread
 
 from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, Keys, Lengths, Queries

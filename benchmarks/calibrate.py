@@ -31,8 +31,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gptq_before import before
-from machine import as_json
+from measure.machine import as_json
+from peers.gptq_before import before
 from torch import Tensor
 
 from npuq.convert.calibrate.layers.experts import quantize_expert

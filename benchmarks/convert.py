@@ -33,7 +33,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from machine import as_json
+from measure.machine import as_json
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.write.hashes import ShardHashes

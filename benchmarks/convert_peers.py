@@ -6,7 +6,7 @@
     python benchmarks/convert_peers.py [--peers build/peers] [--rows 2048] [--threads 2] [--json]
 
 Each peer quantizes bf16 matrices in memory to codes and scales in memory, with its own classes in its own environment
-(peer_quantizers.py): llm-compressor's `memoryless_mse` and `memoryless_minmax` observers with compressed-tensors'
+(peers/quantizers.py): llm-compressor's `memoryless_mse` and `memoryless_minmax` observers with compressed-tensors'
 `quantize`, and msmodelslim's weight quantizers `ssz` and `minmax`. npuq's time includes packing the codes, summing
 scale_bias and measuring the error, on as many threads. Each tool passes over the matrices until `--seconds` have
 passed, at least once: one pass of a fast tool ends before the system has spread its threads over the cores. Errors are
@@ -133,7 +133,7 @@ def run_peer(
     python: Path, peer: str, method: str, weights: dict[str, Tensor], options: argparse.Namespace
 ) -> tuple[float, dict[str, Tensor]]:
     """Run a peer: seconds a pass, codes and scales. Raises SystemExit with the output of a peer that fails."""
-    script = Path(__file__).with_name("peer_quantizers.py")
+    script = Path(__file__).parent / "peers/quantizers.py"
     with tempfile.TemporaryDirectory(prefix="npuq-") as folder:
         source, target = Path(folder) / "weights.safetensors", Path(folder) / "codes.safetensors"
         save_file(weights, source)

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
 from published import RELEASES, write_release
 
-from npuq.formats.safetensors import ITEM_BYTES
+from npuq.dtypes import ITEM_BYTES
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from machine import as_json
-from rounds import Figures, summary, with_spread
+from measure.machine import as_json
+from measure.rounds import Figures, summary, with_spread
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-deepseek-v3-fp8"
 PROMPT = "Call me Ishmael. Some years ago"

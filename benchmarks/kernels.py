@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from machine import as_json
-from machine_limits import best as best_of
-from machine_limits import fastest_int8, random_int8
-from rounds import Figures, summary, with_spread
+from measure.machine import as_json
+from measure.machine_limits import best as best_of
+from measure.machine_limits import fastest_int8, random_int8
+from measure.rounds import Figures, summary, with_spread
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from random_artifact import SMALL_V3, make
+from measure.random_artifact import SMALL_V3, make
 
 LAYOUTS = ("ep=1,tp=1", "ep=2,tp=1", "ep=2,tp=2", "ep=4,tp=4")
 WORKER = Path(__file__).parents[1] / "tests/ranks/mapping.py"

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import as_json
-from random_artifact import SMALL_V3, make
-from rounds import summary, with_spread
+from measure.machine import as_json
+from measure.random_artifact import SMALL_V3, make
+from measure.rounds import summary, with_spread
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 PROMPT = 512

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import marked_tables
-from machine import in_words
-from rounds import with_spread
+from measure import marked_tables
+from measure.machine import in_words
+from measure.rounds import with_spread
 
 PAGE = Path(__file__).resolve().parent / "README.md"
 LEVELS = ("avx2", "avx512")
@@ -40,26 +40,36 @@ def main() -> None:
             if (table := text(name, record)) is not None:
                 print(f"{name}\n\n{table}")
         return
-    write(record)
+    if failed := write(record):
+        raise SystemExit("\n".join(failed))
 
 
-def write(record: Result) -> None:
-    """Write a record's tables into the page. Raises SystemExit for a smoke run's."""
+def write(record: Result) -> list[str]:
+    """Write a record's tables into the page; returns a line for each that could not be made. Raises SystemExit for a
+    smoke run's."""
     if record["quick"]:
         raise SystemExit("a record of --quick is a smoke run: its figures say nothing, README.md stays as it is")
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_tables(page, record), encoding="utf-8")
+    page, failed = with_tables(page, record)
+    PAGE.write_text(page, encoding="utf-8")
+    return failed
 
 
-def with_tables(page: str, record: Result) -> str:
-    """The page with the tables of a record. Raises ValueError for a marker that names no table."""
+def with_tables(page: str, record: Result) -> tuple[str, list[str]]:
+    """The page with the tables of a record, and a line for each that its benchmark's JSON has not all of: it stays as
+    it is. Raises ValueError for a marker that names no table."""
+    failed = []
     level = (record["machine"]["levels"] or [""])[-1]
     for marker in marked_tables.names(page):
         name, wanted = parsed(marker)
-        table = text(name, record) if level.startswith(wanted) else None
+        try:
+            table = text(name, record) if level.startswith(wanted) else None
+        except (KeyError, IndexError, TypeError) as error:
+            failed.append(f"table {marker}: {error!r}")
+            continue
         if table is not None:
             page = marked_tables.with_table(page, marker, table)
-    return page
+    return page, failed
 
 
 def parsed(marker: str) -> tuple[str, str]:
@@ -263,6 +273,7 @@ TABLES: dict[str, Table] = {
     "runtime": Table(("runtime",), runtime),
     "runtime-qwen3": Table(("runtime-qwen3",), runtime),
     "context": Table(("context",), context, "Tokens/s; medians of the rounds, least and greatest in brackets."),
+    "context-32k": Table(("context-32k",), context, "Tokens/s; one round."),
     "convert": Table(("convert",), convert),
     "calibrate": Table(("calibrate",), calibrate, "One run; linears scaled from some rows and tokens to all."),
     "attention": Table(("attention",), attention),

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import as_json
-from machine_limits import Clock, Product, best, fastest_int8, random_int8, read_bandwidth
-from random_artifact import SHAPES, linears, make
-from rounds import Figures, Stopwatch, medians, summary, with_spread
+from measure.machine import as_json
+from measure.machine_limits import Clock, Product, best, fastest_int8, random_int8, read_bandwidth
+from measure.random_artifact import SHAPES, linears, make
+from measure.rounds import Figures, Stopwatch, medians, summary, with_spread
 from torch import Tensor
 
 import npuq.runtime
@@ -86,11 +86,16 @@ def main() -> None:
     shared += [] if options.context else ["--prompt", str(options.prompt)]
     shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
-        peer = [str(HERE / "peer_llama_cpp.py"), str(gguf), "--shape", options.shape]
+        peer = [str(HERE / "peers/llama_cpp_runtime.py"), str(gguf), "--shape", options.shape]
         peer += ["--layers", str(options.layers)] if options.layers else []
         peers["llama.cpp"] = [str(options.llama_cpp), *peer, *shared]
     if options.transformers:
-        peers["transformers bf16"] = [sys.executable, str(HERE / "peer_transformers.py"), str(directory), *shared]
+        peers["transformers bf16"] = [
+            sys.executable,
+            str(HERE / "peers/transformers_runtime.py"),
+            str(directory),
+            *shared,
+        ]
 
     if options.context:
         rounds_of = measure_contexts(model, peers, options, clock)

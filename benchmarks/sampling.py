@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import as_json
-from machine_limits import read_bandwidth
-from rounds import Figures, Stopwatch, summary, with_spread
+from measure.machine import as_json
+from measure.machine_limits import read_bandwidth
+from measure.rounds import Figures, Stopwatch, summary, with_spread
 
 from npuq.runtime import SamplingParams
 from npuq.runtime.ops.native import NativeOps

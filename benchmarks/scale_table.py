@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
-from marked_tables import with_table
+from measure.marked_tables import with_table
 from published import RELEASES
 
 from npuq.models.config import ModelConfig

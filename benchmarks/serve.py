@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from machine import as_json
-from rounds import Figures, summary, with_spread
+from measure.machine import as_json
+from measure.rounds import Figures, summary, with_spread
 
 HERE: Final = Path(__file__).resolve().parent
 BUILD: Final = HERE.parent / "build"
@@ -230,7 +230,7 @@ def npuq_server(model: Path) -> Iterator[Server]:
 def llama_server(python: Path, threads: int) -> Server:
     """The peer's server: it answers one request at a time, and lets the others wait."""
     model = BUILD / "random-small-v3-text.gguf"
-    peer = [str(python), str(HERE / "peer_llama_cpp.py"), str(model), "--write-text"]
+    peer = [str(python), str(HERE / "peers/llama_cpp_runtime.py"), str(model), "--write-text"]
     subprocess.run(peer, check=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

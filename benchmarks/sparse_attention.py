@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine import as_json
-from rounds import summary
+from measure.machine import as_json
+from measure.rounds import summary
 from torch import Tensor
 
 from npuq.formats.schemes import Scheme

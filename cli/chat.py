@@ -51,8 +51,8 @@ _OF_A_SERVER: Final = ("model_name", "api_key_file")
 )
 @as_option("MODEL")
 @loading_options
-@click.option("--model", "model_name", metavar="NAME", help="Of a URL: a model of the server; default: its first.")
-@click.option("--api-key-file", type=_FILE, help="Of a URL: a file with the server's API key; default: $NPUQ_API_KEY.")
+@click.option("--model", "model_name", metavar="NAME", help="Of a URL: a model of the server. [default: its first]")
+@click.option("--api-key-file", type=_FILE, help="Of a URL: a file with the server's API key. [default: $NPUQ_API_KEY]")
 @click.option("--quiet", is_flag=True, help="No notes on stderr at the start.")
 @json_option("For a conversation from a pipe: a document with all answers, when all are done.")
 def command(

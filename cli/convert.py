@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..choices import METHODS, RECIPES
 from ..errors import ConversionError, NpuqError, RecipeError
 from ..units import format_duration
-from .options.reading import as_option
+from .options.reading import as_option, beginning
 from .terminal.console import emit_json, format_bytes, json_option, show, size, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
 from .transfer import open_pusher, open_source
@@ -46,11 +47,14 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.argument("source", type=click.Path(exists=False))
 @click.argument("output", type=click.Path(exists=False))
 @click.option(
-    "--recipe", help="w4a8, w8a8, float, or a YAML file. [default: w4a8; a quantized SOURCE keeps what it has]"
+    "--recipe",
+    shell_complete=beginning(RECIPES),
+    help="w4a8, w8a8, float, or a YAML file. [default: w4a8; a quantized SOURCE keeps what it has]",
 )
 @click.option(
     "--method",
     callback=_known_method,
+    shell_complete=beginning(METHODS),
     help="minmax, mse or gptq, after rotate, smooth or both (rotate+smooth+gptq, say); or auto. [default: mse]",
 )
 @click.option(
@@ -75,7 +79,7 @@ def _known_method(context: click.Context, parameter: click.Parameter, value: str
 @click.option("--max-shard-size", type=size, default="5GB", show_default=True, help="Largest output file.")
 @click.option("--base-model", metavar="OWNER/NAME", help="Name of SOURCE on the hub, for the model card.")
 @as_option("SOURCE")
-@click.option("--revision", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit, of a SOURCE on the hub. [default: main]")
 @click.option("--download-window", type=size, help="Disk for weights of a SOURCE on the hub. [default: 20GB]")
 @click.option(
     "--push", "repo", metavar="USER/NAME", help="Push finished shards while later ones are made, then the rest."
@@ -126,7 +130,7 @@ def command(
     """
     from ..convert import CalibrationText, convert_checkpoint
     from ..convert.calibrate.devices import Device
-    from ..convert.calibrate.texts import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
+    from ..convert.calibrate.settings import DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH
 
     if repo is not None and dry_run:
         raise click.UsageError("--push has nothing to push in a --dry-run")

@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Measure, in MODEL's shapes, what the NPU's grouped matmul should expect, and store it for this user.",
 )
-@click.option("--sequences", type=click.IntRange(1, 1024), help="With --bench: in the step; default: 8.")
+@click.option("--sequences", type=click.IntRange(1, 1024), help="With --bench: in the step. [default: 8]")
 @click.option(
-    "--context", type=click.IntRange(2, 1 << 20), help="With --bench: tokens of each sequence; default: 1024."
+    "--context", type=click.IntRange(2, 1 << 20), help="With --bench: tokens of each sequence. [default: 1024]"
 )
 @click.option("--device", default="npu:0", show_default=True, help="The NPU to test.")
 @click.option("--plan", is_flag=True, help="Only plan MODEL's memory on several NPUs: layouts, and cache tokens left.")
 @click.option(
-    "--devices", type=click.IntRange(1, 1024), help="With --plan: how many NPUs; default: this machine's, or 8."
+    "--devices", type=click.IntRange(1, 1024), help="With --plan: how many NPUs. [default: this machine's, or 8]"
 )
-@click.option("--memory", type=size, help="With --plan: memory of each; default: this machine's NPUs', or 64GB.")
-@click.option("--recipe", help="With --plan, for a float checkpoint: the recipe of the artifact; default: w4a8.")
+@click.option("--memory", type=size, help="With --plan: memory of each. [default: this machine's NPUs', or 64GB]")
+@click.option("--recipe", help="With --plan, for a float checkpoint: the recipe of the artifact. [default: w4a8]")
 @as_option("MODEL")
 @json_option("Print one JSON document.")
 def command(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..choices import BACKENDS, KV_CACHE_DTYPES
+from ..choices import KV_CACHE_DTYPES
+from .options.loading import backend_option
 from .options.reading import as_option
 from .ranks import parallel_option, ranks_of_command
 from .terminal.console import emit_json, json_option, say, show
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @as_option("MODEL (and --source)")
 @click.option("--context", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a context.")
 @click.option("--layers", is_flag=True, help="Also the output error of every decoder layer against --source.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@backend_option
 @click.option(
     "--kv-cache-dtype",
     type=click.Choice(KV_CACHE_DTYPES),

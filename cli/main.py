@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
+import time
 import traceback
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -16,8 +19,10 @@ import click
 from .. import __version__
 from ..errors import NpuqError, NpuqWarning
 from ..inputs.launch import Launch
+from .examples import EXAMPLES, epilog
 from .ranks import CommandRanks
 from .terminal.console import OutputError, Settings, complain, emit_error, flush, one_line, say, take_no_more, write
+from .terminal.log import log, without_secrets
 
 # EX_SOFTWARE of sysexits.h.
 _INTERNAL: Final = 70
@@ -53,6 +58,7 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f".{name}", __package__).command
         command.short_help = COMMANDS[name]
+        command.epilog = epilog(EXAMPLES[name])
         ctx.ensure_object(Settings).command = name
         return command
 
@@ -80,6 +86,18 @@ def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None
     ctx.ensure_object(Settings).traceback = asked
 
 
+def _open_log(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None or ctx.resilient_parsing:
+        return
+    ranks = ctx.ensure_object(Settings).ranks
+    rank = 0 if ranks is None or ranks.launch.size == 1 else ranks.launch.rank
+    try:
+        log.open(path, f"rank {rank}: " if rank else "")
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror or error}", ctx, param_hint="--log-file") from error
+    log.add(f"npuq {__version__}: npuq {shlex.join(without_secrets(sys.argv[1:]))}")
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
@@ -90,6 +108,15 @@ def _want_traceback(ctx: click.Context, _: click.Parameter, asked: bool) -> None
     expose_value=False,
     callback=_want_traceback,
     help="Before an error also print where in the code it comes from.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_open_log,
+    help="Append to FILE what the command tells: notes, progress, results, errors, each line with its time.",
 )
 @click.pass_context
 def group(context: click.Context) -> None:
@@ -112,6 +139,7 @@ def main() -> None:
     _set_up_warnings()
     settings = Settings()
     code: int | str | None = 0
+    began = time.monotonic()
     try:
         settings.ranks = CommandRanks(Launch.of(os.environ), lambda error: _end(error, settings))
         group.main(prog_name="npuq", standalone_mode=False, obj=settings)
@@ -119,6 +147,8 @@ def main() -> None:
         code = end.code
     except BaseException as error:
         code = _end(error, settings)[1] if settings.ranks is None else settings.ranks.end(error)
+    log.add(f"exit status {code or 0} after {time.monotonic() - began:.1f} s")
+    log.close()
     flush(sys.stdout)
     flush(sys.stderr)
     if code:
@@ -132,7 +162,9 @@ def _end(error: BaseException, settings: Settings) -> tuple[str, int]:
     """
     message, code = _described(error, settings)
     if settings.traceback:
-        complain("".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        log.add(trace)
+        complain(trace)
     if isinstance(error, OutputError):
         take_no_more(sys.stdout)
         # Silent for `npuq inspect … | head`.
@@ -143,6 +175,7 @@ def _end(error: BaseException, settings: Settings) -> tuple[str, int]:
     if isinstance(error, click.ClickException):  # wrong usage, with a line on how to use it
         said = io.StringIO()
         error.show(said)
+        log.add(said.getvalue())
         complain(said.getvalue())
     else:
         say(f"npuq: error: {line}")

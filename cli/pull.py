@@ -6,18 +6,17 @@ from pathlib import Path
 
 import click
 
-from ..choices import HUBS
 from .terminal.console import emit_json, format_bytes, json_option, show, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
-from .transfer import silence_client
+from .transfer import hub_option, silence_client
 
 
 @click.command()
 @click.argument("repo", metavar="USER/NAME[@REVISION]")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-@click.option("--revision", help="Branch, tag or commit. [default: main]")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit. [default: main]")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
-@click.option("--hub", "which", type=click.Choice(HUBS), default="huggingface", show_default=True)
+@hub_option
 @progress_options
 @json_option("Print the result as JSON.")
 def command(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..choices import HUBS
 from ..errors import ArtifactError
 from .terminal.console import emit_json, format_bytes, json_option, show, work_is_done
 from .terminal.progress import TerminalProgress, progress_options
-from .transfer import silence_client
+from .transfer import hub_option, silence_client
 
 if TYPE_CHECKING:
     from ..hub import PushSummary
+    from ..progress import Progress
 
 
 @click.command()
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--tag", metavar="NAME", help="Tag the result.")
 @click.option("--token", metavar="TOKEN", help="Instead of HF_TOKEN or the token of `hf auth login`.")
 @click.option("--no-verify", is_flag=True, help="Do not check the artifact before it is sent.")
-@click.option("--hub", "which", type=click.Choice(HUBS), default="huggingface", show_default=True)
+@hub_option
 @progress_options
 @json_option("Print the summary as JSON.")
 def command(
@@ -67,7 +68,7 @@ def command(
             create_pr=create_pr,
             tag=tag,
             token=token,
-            verify=None if no_verify else verified,
+            verify=None if no_verify else partial(verified, progress=display),
             progress=display,
         )
     with work_is_done():
@@ -87,11 +88,11 @@ def _print(summary: PushSummary, as_json: bool) -> None:
         show(f"{summary.url}: has all of it already{commit}")
 
 
-def verified(artifact: Path) -> None:
-    """Raise ArtifactError unless `npuq verify` finds no problem."""
+def verified(artifact: Path, progress: Progress | None = None) -> None:
+    """Raise ArtifactError unless `npuq verify` finds no problem. `progress` counts the bytes read."""
     from ..verification import verify
 
-    problems = verify(artifact).problems
+    problems = verify(artifact, progress=progress).problems
     if problems:
         more = f" (and {len(problems) - 1} more; see `npuq verify {artifact}`)" if len(problems) > 1 else ""
         raise ArtifactError(f"{artifact}: not pushed, verification failed: {problems[0]}{more}")

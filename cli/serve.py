@@ -28,7 +28,7 @@ class ServeError(NpuqError):
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; any other needs a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-@click.option("--served-name", metavar="NAME", help="The model's name for clients; default: its directory's.")
+@click.option("--served-name", metavar="NAME", help="The model's name for clients. [default: its directory's]")
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
+from ..choices import HUBS
 from ..errors import CheckpointError, HubError
 from .terminal.console import format_bytes
 from .terminal.progress import TerminalProgress
@@ -15,6 +16,16 @@ from .terminal.progress import TerminalProgress
 if TYPE_CHECKING:
     from ..formats.checkpoint import Checkpoint
     from ..hub import ShardPusher
+
+
+hub_option: Final = click.option(
+    "--hub",
+    "which",
+    type=click.Choice(HUBS),
+    default="huggingface",
+    show_default=True,
+    help="The hub that has the repository, or gets it.",
+)
 
 
 def local_model(

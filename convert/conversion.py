@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConversionError, NpuqError
 from ..formats.artifact import CARD_NAME, OWN_FOLDER
@@ -20,18 +20,15 @@ from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from ..quant.weight_error import ErrorSums
-from .calibrate.devices import arithmetic_on
-from .calibrate.effort import calibrated_effort, expected_seconds
-from .calibrate.layer_report import LayerReport
-from .calibrate.memory import calibrated_budget
+from .calibrate.settings import CalibrationText
 from .calibrate.states import remove_states
-from .calibrate.walk import CalibratedWalk
 from .finish.card import check_base_model
 from .finish.finish import finish, rehearse
 from .finish.role_totals import totals_by_role
 from .finish.side_files import card_front_matter
 from .plan.memory import PLAN_BYTES_PER_JOB, Budget, plan_budget
-from .plan.prepare import CalibrationText, Prepared, prepare
+from .plan.plan import Job
+from .plan.prepare import Prepared, prepare
 from .plan.space import Space, plan_space
 from .plan.summary import Summary, starting_notes
 from .tally import Tally, data_free_effort
@@ -46,6 +43,11 @@ from .write.resume import (
     stamps_now,
 )
 from .write.shards import ShardFiles, Write
+
+# The walk runs the model, on torch: only conversions that calibrate import it.
+if TYPE_CHECKING:
+    from .calibrate.layer_report import LayerReport
+    from .calibrate.walk import CalibratedWalk
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -119,6 +121,8 @@ def _budget(prepared: Prepared, workers: int | None, max_memory: int | None) -> 
     budget = plan_budget(prepared.plan, workers, max_memory, prepared.source.held_bytes)
     if prepared.calibration is None:
         return budget
+    from .calibrate.memory import calibrated_budget
+
     tokens, length = prepared.calibration.tokens.numel(), prepared.calibration.sequence_length
     return calibrated_budget(prepared.config, tokens, length, budget, max_memory)
 
@@ -183,9 +187,16 @@ class _Conversion:
         self, journal: Journal, space: Space, internals: Internals, progress: Progress, on_shard: OnShard | None
     ) -> Summary:
         prepared, plan, record = self.prepared, self.prepared.plan, journal.record
-        calibration, walk = prepared.calibration, None
+        calibration = prepared.calibration
+        walk: CalibratedWalk | None = None
         reports: tuple[LayerReport, ...] = ()
-        tally = Tally(plan, progress, data_free_effort if calibration is None else calibrated_effort(prepared))
+        effort: Callable[[Job], float] = data_free_effort
+        if calibration is not None:
+            from .calibrate.effort import calibrated_effort
+            from .calibrate.walk import CalibratedWalk
+
+            effort = calibrated_effort(prepared)
+        tally = Tally(plan, progress, effort)
         files = ShardFiles(self.output, plan, internals.write)
         try:
             found = prepared.checkpoint.stamps
@@ -266,6 +277,9 @@ class _Conversion:
         prepared = self.prepared
         if prepared.calibration is None:
             return None
+        from .calibrate.devices import arithmetic_on
+        from .calibrate.effort import expected_seconds
+
         return expected_seconds(prepared, arithmetic_on(prepared.device), self.budget.workers, record.jobs)
 
     def _summary(

@@ -9,22 +9,27 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..deferred import torch
+from ..dtypes import array_dtype
 from ..errors import CheckpointError
 from ..inputs.files import FileStamp, inside, is_inside
 from ..inputs.json_text import read_object
 from ..inputs.names import FileName
-from ..models.config import model_dtype, text_config
+from ..models.config import model_code, text_config
 from ..models.config_reader import shown
 from ..models.families import FAMILIES, is_known
 from ..models.recognition import read_as
 from ..native.mapped import MappedFiles
-from .safetensors import CODES, TensorInfo
+from .safetensors import TensorInfo
 from .storage import LocalFiles, Storage, Window
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 # In npuq's own folder (artifact.py), until a conversion is finished.
 JOURNAL_NAME = "npuq/progress.jsonl"
@@ -81,7 +86,7 @@ class Checkpoint:
     @cached_property
     def model_code(self) -> str:
         """The safetensors code of the model's dtype in config.json. CheckpointError for one that is not float."""
-        return CODES[model_dtype(self.text_config)]
+        return model_code(self.text_config)
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
@@ -124,8 +129,20 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Read the whole tensor into new memory."""
+        return _tensor(self.read_array(name), self.tensors[name])
+
+    def read_array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Read rows [start, stop) of the first dimension, by default the whole tensor, into new memory: an array with
+        its bits (`dtypes.array_dtype`)."""
         info = self.info(name)
-        return self._read_range(info, info.start, info.end).view(info.torch_dtype).reshape(info.shape)
+        if not info.shape:
+            return self._read_range(info, info.start, info.end).view(array_dtype(info.dtype)).reshape(())
+        stop = info.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(f"{info.file}: tensor {name!r} {list(info.shape)} has no rows {start} to {stop}")
+        row_bytes = prod(info.shape[1:]) * info.item_bytes
+        data = self._read_range(info, info.start + start * row_bytes, info.start + stop * row_bytes)
+        return data.view(array_dtype(info.dtype)).reshape(stop - start, *info.shape[1:])
 
     def read_bytes(self, name: str, first: int, memory: memoryview) -> None:
         """Fill `memory` with the tensor's bytes from byte `first` on. No tensor is made."""
@@ -137,11 +154,9 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) of the first dimension into new memory."""
         info = self.info(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
-            raise CheckpointError(f"{info.file}: tensor {name!r} {list(info.shape)} has no rows {start} to {stop}")
-        row_bytes = prod(info.shape[1:]) * info.torch_dtype.itemsize
-        data = self._read_range(info, info.start + start * row_bytes, info.start + stop * row_bytes)
-        return data.view(info.torch_dtype).reshape(stop - start, *info.shape[1:])
+        if not info.shape:
+            raise CheckpointError(f"{info.file}: tensor {name!r} [] has no rows {start} to {stop}")
+        return _tensor(self.read_array(name, start, stop), info)
 
     def view(self, name: str) -> Tensor:
         """The whole tensor over a memory map of its file, which reads a page when it is touched. Do not write to it.
@@ -163,10 +178,14 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _read_range(self, info: TensorInfo, start: int, end: int) -> Tensor:
-        data = torch.empty(end - start, dtype=torch.uint8)
-        self._storage.fill(info, start, data.numpy().data)
+    def _read_range(self, info: TensorInfo, start: int, end: int) -> NDArray[np.uint8]:
+        data = np.empty(end - start, np.uint8)
+        self._storage.fill(info, start, data.data)
         return data
+
+
+def _tensor(array: NDArray[Any], info: TensorInfo) -> Tensor:
+    return torch.from_numpy(array).view(info.torch_dtype)
 
 
 def natural_key(name: str) -> list[str | tuple[int, str]]:

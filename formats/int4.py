@@ -3,8 +3,12 @@ two's complement, as ModelSlim stores W4A8 experts and both engines load them.""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_int4(codes: Tensor) -> Tensor:

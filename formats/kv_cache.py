@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from ..errors import ArtifactError
 from .safetensors import load_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INT8_CHANNELS = 32
 """Channels of an NZ tile of int8: 32 bytes, the size of 16 channels of a 16-bit type."""
@@ -57,7 +59,7 @@ def storable_scale(scale: Tensor) -> Tensor:
 
 def save_scales(scales: Sequence[Tensor], path: Path) -> None:
     """Write the float32 `[L]` scales of every layer as safetensors; the same scales always give the same bytes."""
-    write_tensors(path, {scale_name(layer): scale.float() for layer, scale in enumerate(scales)}, {})
+    write_tensors(path, {scale_name(layer): scale.float().numpy() for layer, scale in enumerate(scales)}, {})
 
 
 def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:
@@ -69,8 +71,8 @@ def load_scales(path: Path, layers: int, channels: int) -> tuple[Tensor, ...]:
     names = [scale_name(layer) for layer in range(layers)]
     tensors, _ = load_tensors(path, dict.fromkeys(names, form), ArtifactError)
     for name in names:
-        if not bool(((tensors[name] >= _LEAST) & (tensors[name] <= _MOST)).all()):
+        if not ((tensors[name] >= _LEAST) & (tensors[name] <= _MOST)).all():
             raise ArtifactError(
                 f"{path}: tensor {name!r} holds scales outside {_LEAST:.3g} to {_MOST:.3g}; convert again"
             )
-    return tuple(tensors[name] for name in names)
+    return tuple(torch.from_numpy(tensors[name]) for name in names)

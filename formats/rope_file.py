@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import ArtifactError
 from ..models.config import ModelConfig
 from ..models.rope import RopeTables, attention_scale
@@ -30,7 +32,7 @@ def load_rope(path: Path, config: ModelConfig) -> RopeTables:
     form = ("F32", (config.rope.positions, config.rope.dim // 2))
     tensors, metadata = load_tensors(path, {"cos": form, "sin": form}, ArtifactError)
     for name, table in tensors.items():
-        if not bool(table.isfinite().all()):
+        if not np.isfinite(table).all():
             raise ArtifactError(f"{path}: tensor {name!r} holds values that are not finite; convert again")
     return RopeTables(tensors["cos"], tensors["sin"], _softmax_scale(path, config, metadata), metadata)
 

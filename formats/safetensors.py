@@ -11,36 +11,20 @@ from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..deferred import torch
+from ..dtypes import ITEM_BYTES, array_code, array_dtype, torch_dtype
 from ..errors import CheckpointError, NpuqError
 from ..inputs.files import open_file
 from ..inputs.json_text import parse_object
 from ..inputs.printable import printable
 from .output_files import new_file
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
-CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
-ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
-# The dtypes of float weights.
-FLOAT_CODES: Final = ("BF16", "F16", "F32")
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # The limit of the safetensors library itself: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
@@ -69,7 +53,12 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return torch_dtype(self.dtype)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a value."""
+        return ITEM_BYTES[self.dtype]
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -197,9 +186,9 @@ def _check_ranges(path: Path, tensors: Sequence[TensorInfo], data_start: int, fi
 
 def load_tensors(
     path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]], error: type[NpuqError]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file of exactly the `expected` tensors (dtype code and shape by name) into memory; returns tensors and
-    metadata.
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Read a file of exactly the `expected` tensors (dtype code and shape by name) into memory; returns them as arrays
+    (`dtypes.array_dtype`), and the metadata.
 
     Dtypes and shapes are checked before any tensor is read. Raises `error`, naming the file and the tensor.
     """
@@ -230,10 +219,10 @@ def _check_form(
             )
 
 
-def _load(descriptor: int, info: TensorInfo) -> Tensor:
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    read_range(descriptor, info, info.start, data.numpy().data)
-    return data.view(info.torch_dtype).reshape(info.shape)
+def _load(descriptor: int, info: TensorInfo) -> NDArray[Any]:
+    data = np.empty(info.nbytes, np.uint8)
+    read_range(descriptor, info, info.start, data.data)
+    return data.view(array_dtype(info.dtype)).reshape(info.shape)
 
 
 def read_range(descriptor: int, info: TensorInfo, start: int, memory: memoryview) -> None:
@@ -270,15 +259,15 @@ def encode_header(
     return struct.pack("<Q", length) + text.ljust(length)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a small file of tensors (of numpy's dtypes) in the order given: the same content, the same bytes.
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a small file of arrays in the order given: the same content, the same bytes.
 
     The safetensors library orders metadata differently in every process. The file is new, replaces any of its name, and
     is on stable storage. OSError when writing fails.
     """
-    parts = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    header = encode_header([(name, CODES[part.dtype], tuple(part.shape)) for name, part in parts.items()], metadata)
+    parts = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    header = encode_header([(name, array_code(part.dtype), part.shape) for name, part in parts.items()], metadata)
     with new_file(path) as file:
         file.write(header)
         for part in parts.values():
-            file.write(part.numpy().data)
+            file.write(part.data)

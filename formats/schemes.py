@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..native import binding as native
+from ..deferred import torch
+from ..native import library as native
+from ..native.quantization import MOST_COLUMNS
 from ..quant.scales import Method, scale_rows
 from ..quant.stored_rows import StoredRows
 from .int4 import pack_int4, unpack_int4
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT, SCALE, OFFSET, BIAS = "weight", "weight_scale", "weight_offset", "scale_bias"
 # The further tensors of W8A8 with a static input scale (static_w8a8.py).
@@ -128,8 +131,10 @@ def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_p
     """Quantize stored rows, by the native kernels where they are built: the tensors of `quantize_rows`, bit for bit."""
     if not is_native(scheme, stored.columns):
         return quantize_rows(stored.to_float32(), scheme, method, row_parallel=row_parallel)
+    from ..native.binding import quantize
+
     columns = BIAS_COLUMNS if row_parallel else 1
-    done = native.quantize(stored, scheme.weight_bits, method is Method.MSE, columns)
+    done = quantize(stored, scheme.weight_bits, method is Method.MSE, columns)
     tensors = {WEIGHT: done.codes, SCALE: done.scale, OFFSET: torch.zeros_like(done.scale)}
     if done.bias is not None:
         tensors[BIAS] = done.bias
@@ -138,7 +143,7 @@ def quantize_stored(stored: StoredRows, scheme: Scheme, method: Method, *, row_p
 
 def is_native(scheme: Scheme, columns: int) -> bool:
     """True where the native kernels are built and quantize rows of this many columns."""
-    return scheme is not Scheme.W8A8_STATIC and 0 < columns <= native.MOST_COLUMNS and native.library() is not None
+    return scheme is not Scheme.W8A8_STATIC and 0 < columns <= MOST_COLUMNS and native.library() is not None
 
 
 def scale_bias(codes: Tensor, scale: Tensor, columns: int) -> Tensor:

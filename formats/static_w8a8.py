@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from ..quant.scales import Method
 from .schemes import (
     DEQ_SCALE,
@@ -28,8 +26,11 @@ from .schemes import (
     quantize_rows,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # ModelSlim's floor: a range of zeros still needs a scale whose inverse is finite.
-_LEAST_SCALE: Final = torch.finfo(torch.float32).eps
+_LEAST_SCALE: Final = 2.0**-23
 
 
 @dataclass(frozen=True)

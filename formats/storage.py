@@ -6,15 +6,16 @@ import os
 import threading
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from ..errors import CheckpointError
 from ..inputs.files import FileStamp, open_file
 from ..native.mapped import MappedFiles
 from .safetensors import TensorInfo, header_of, read_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Storage(Protocol):
@@ -78,7 +79,7 @@ class LocalFiles:
 
     def view(self, info: TensorInfo, files: MappedFiles) -> Tensor | None:
         # A tensor that is not aligned to its item size (npuq never writes one) has no address for vector loads.
-        if info.nbytes == 0 or info.start % info.torch_dtype.itemsize:
+        if info.nbytes == 0 or info.start % info.item_bytes:
             return None
         mapped = files.map(info.file, self._descriptor(info.file))
         if len(mapped) < info.end:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..dtypes import FLOAT_CODES, torch_dtype, torch_name
 from ..errors import CheckpointError
 from .attention import AttentionWidths
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
@@ -21,8 +20,11 @@ from .moe import Moe
 from .rope_config import RopeConfig, read_rope, rotary_fraction
 from .rope_frequencies import check_computable
 
+if TYPE_CHECKING:
+    import torch
+
 TEXT_CONFIG = "text_config"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {torch_name(code): code for code in FLOAT_CODES}
 
 # Keys of the text model that may also stand at the top, where a nested config leaves them out.
 _INHERITED = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
@@ -47,7 +49,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
-    dtype: torch.dtype
+    dtype_code: str
     attention: AttentionWidths
     moe: Moe | None
     rope: RopeConfig
@@ -69,7 +71,7 @@ class ModelConfig:
             rms_norm_eps=read.number("rms_norm_eps", family.rms_norm_eps, 0.0, 1.0),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
             max_position_embeddings=read.size("max_position_embeddings", most=MAX_POSITIONS),
-            dtype=model_dtype(config),
+            dtype_code=model_code(config),
             attention=attention,
             moe=None if family.moe is None else family.moe.read(read),
             rope=read_rope(config, attention),
@@ -80,6 +82,11 @@ class ModelConfig:
         result._check()
         check_computable(result.rope)
         return result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of float weights, whose safetensors code is `dtype_code`."""
+        return torch_dtype(self.dtype_code)
 
     @property
     def family(self) -> Family:
@@ -163,10 +170,11 @@ def _without_aliases(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return result
 
 
-def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The config's dtype of float weights (`torch_dtype`, or transformers 5's `dtype`); bfloat16 by default."""
+def model_code(config: Mapping[str, Any]) -> str:
+    """The safetensors code of the config's dtype of float weights (`torch_dtype`, or transformers 5's `dtype`); BF16 by
+    default."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    dtype = _DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
+    code = _DTYPES.get(str(name).removeprefix("torch."))
+    if code is None:
         raise CheckpointError(f"config.json: dtype {shown(name)} is unknown; npuq knows {', '.join(_DTYPES)}")
-    return dtype
+    return code

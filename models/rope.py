@@ -6,12 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .config import ModelConfig
 from .rope_frequencies import attention_factor, inverse_frequencies, softmax_factor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Positions whose angles are computed at a time, to bound the float64 memory.
 _CHUNK = 1 << 14
@@ -24,8 +27,8 @@ class RopeTables:
     softmax_scale: the factor of attention scores, YaRN's part included; the tables do not contain it.
     """
 
-    cos: Tensor
-    sin: Tensor
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
     softmax_scale: float
     metadata: Mapping[str, str]
 
@@ -38,11 +41,11 @@ def rope_tables(config: ModelConfig) -> RopeTables:
     """
     rope, positions = config.rope, config.rope.positions
     mscale, frequencies = attention_factor(rope), inverse_frequencies(rope, positions)
-    cos, sin = torch.empty(2, positions, rope.dim // 2)
+    cos, sin = np.empty((2, positions, rope.dim // 2), np.float32)
     for start in range(0, positions, _CHUNK):
         part = slice(start, min(start + _CHUNK, positions))
-        angles = torch.arange(part.start, part.stop, dtype=torch.float64)[:, None] * frequencies
-        cos[part], sin[part] = angles.cos().mul_(mscale), angles.sin().mul_(mscale)
+        angles = np.arange(part.start, part.stop, dtype=np.float64)[:, None] * frequencies
+        cos[part], sin[part] = np.cos(angles) * mscale, np.sin(angles) * mscale
     softmax_scale = attention_scale(config)
     metadata = {
         "rope_type": rope.rope_type,

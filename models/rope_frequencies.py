@@ -4,23 +4,25 @@ finite."""
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..errors import CheckpointError
 from .rope_config import RopeConfig
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def inverse_frequencies(rope: RopeConfig, length: int) -> Tensor:
+
+def inverse_frequencies(rope: RopeConfig, length: int) -> NDArray[np.float64]:
     """Angles a position of each pair of channels, in radians, float64 [rope_dim / 2]. Only dynamic NTK uses
     `length`."""
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
     if rope.rope_type == "dynamic":
         # bloc97's NTK-aware base: https://www.reddit.com/r/LocalLLaMA/comments/14lz7j5
         growth = rope.factor * max(length, rope.max_position) / rope.max_position - (rope.factor - 1)
-        return torch.pow(rope.theta * growth ** (rope.dim / (rope.dim - 2)), -exponents)
-    frequencies = torch.pow(rope.theta, -exponents)
+        return _powers(rope.theta * growth ** (rope.dim / (rope.dim - 2)), rope.dim)
+    frequencies = _powers(rope.theta, rope.dim)
     if rope.rope_type == "linear":
         return frequencies / rope.factor
     if rope.rope_type == "yarn":
@@ -70,7 +72,7 @@ def check_computable(rope: RopeConfig) -> None:
             )
     frequencies = inverse_frequencies(rope, rope.positions)
     # The cosine of any angle fits float32: it is computed in float64 and then rounded.
-    sound = torch.isfinite(frequencies) & (frequencies > 0)
+    sound = np.isfinite(frequencies) & (frequencies > 0)
     factors = (attention_factor(rope), softmax_factor(rope))
     if not sound.all() or not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise CheckpointError(
@@ -79,7 +81,20 @@ def check_computable(rope: RopeConfig) -> None:
         )
 
 
-def _yarn(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+def _powers(base: float, dim: int) -> NDArray[np.float64]:
+    """base^(−2i / dim) of each pair i. By the C library: numpy's and torch's own depend on the processor in the last
+    bit, of which a late position makes 100,000."""
+    return np.array([_power(base, -pair / dim) for pair in range(0, dim, 2)])
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return math.pow(base, exponent)
+    except (OverflowError, ValueError):  # refused by `check_computable`
+        return math.nan
+
+
+def _yarn(rope: RopeConfig, frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
     """Interpolated low frequencies, kept high ones and a linear ramp between (arXiv:2309.00071, section 3.2)."""
     assert rope.original_max_position is not None
 
@@ -92,14 +107,14 @@ def _yarn(rope: RopeConfig, frequencies: Tensor) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(float(low), 0.0), min(float(high), rope.dim - 1.0)
     width = high - low if high != low else 0.001
-    ramp = ((torch.arange(rope.dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    ramp = ((np.arange(rope.dim // 2, dtype=np.float64) - low) / width).clip(0, 1)
     return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
 
 
-def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+def _llama3(rope: RopeConfig, frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
     """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a smooth step between."""
     assert rope.original_max_position is not None
     rotations = rope.original_max_position * frequencies / (2 * math.pi)
     smooth = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
+    smooth = smooth.clip(0, 1)
     return frequencies * ((1 - smooth) / rope.factor + smooth)

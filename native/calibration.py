@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..quant.arithmetic import LANES, Arithmetic, TorchArithmetic
-from .binding import failure
 from .library import call, description, level_index, library
 from .pointers import address, rows_address, strided_address
+from .quantization import failure
 
 __all__ = ["LANES", "NativeArithmetic", "calibration_arithmetic"]
 

@@ -14,7 +14,7 @@ from typing import Final
 from .integers import CallCheck, Structure, checked
 
 LIBRARY = Path(__file__).with_name("libnpuq.so")
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 
 
 class Part(Structure):
@@ -148,6 +148,8 @@ _SIGNATURES: Final = {
     "npuq_watch": (_P, _L),
     "npuq_is_lost": (_P,),
     "npuq_quantize_rows": (_I, _P, _L, _L, _I, _I, _L, _P, _P, _P, _P, _P, _P),
+    "npuq_decode_rows": (_I, _P, _L, _L, _I, _P, _P),
+    "npuq_compare_rows": (_I, _P, _P, _P, _L, _L, _I, _L, _P, _P, _P),
     "npuq_matmul": (_P, _P, _P, _I, _P, _P, _L, _P, _I),
     "npuq_integer_sums": (_P, _P, _P, _L, _P),
     "npuq_scale_sums": (_P, _P, _P, _P, _L, _P, _I),

@@ -18,7 +18,7 @@
 #define NPUQ_API __attribute__((visibility("default")))
 
 /* Incremented with every incompatible change; the Python binding refuses a library of another number. */
-#define NPUQ_ABI_VERSION 10
+#define NPUQ_ABI_VERSION 11
 
 /* NPUQ_BAD_SIZE: an unsupported dtype, or sizes that disagree. NPUQ_BAD_INDEX: an index or a length out of range. After
  * both, nothing outside the arguments was touched, and results are not valid. */
@@ -69,6 +69,19 @@ typedef struct {
 NPUQ_API int npuq_quantize_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t bits,
                                 int32_t mse, int64_t bias_columns, int8_t *codes, float *scale, float *bias,
                                 double *error, double *norm, int64_t *bad_row);
+
+/* Decode rows to F32 or BF16, each value rounded once; out NULL: only look at them. NPUQ_NOT_FINITE: row *bad_row holds
+ * an infinity or NaN, there or in out_dtype. */
+NPUQ_API int npuq_decode_rows(int32_t level, const npuq_source *source, int64_t rows, int64_t cols, int32_t out_dtype,
+                              void *out, int64_t *bad_row);
+
+/* Compare quantized rows with their source's: codes int8 [rows, cols], for 4 bits packed [rows / 2, cols] (rows even);
+ * scale [rows]. sums [rows, sum_columns]: of each row's codes over equal slices of it. error and norm [rows]: Σ (w − ŵ)² and
+ * Σ w² in float64, with ŵ = code · scale rounded to float32; infinities and NaN pass through. source, error and norm may be
+ * NULL together. */
+NPUQ_API int npuq_compare_rows(int32_t level, const npuq_source *source, const int8_t *codes, const float *scale,
+                               int64_t rows, int64_t cols, int32_t bits, int64_t sum_columns, int32_t *sums,
+                               double *error, double *norm);
 
 /* One SHA-256 (FIPS 180-4): the first `nbytes % 64` bytes of `waiting` have not gone into the state yet. */
 typedef struct {

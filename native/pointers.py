@@ -1,4 +1,4 @@
-"""Addresses of tensors for the native kernels, checked against the dtype and the shape of the call.
+"""Addresses of tensors and arrays for the native kernels, checked against the dtype and the shape of the call.
 
 A kernel gets no tensors: the sizes in its call bound its reads and writes. So every address in a call or a struct comes
 from here, checked against those sizes. The kernels themselves check indices into tensors (`native/common/checks.h`).
@@ -6,8 +6,15 @@ from here, checked against those sizes. The kernels themselves check indices int
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 _CACHE_LINE = 64
 
@@ -40,6 +47,16 @@ def strided_address(x: Tensor, operator: str, name: str, dtype: torch.dtype, *sh
     if x.dtype is not dtype or x.shape != shape or not x.is_cpu:
         raise _unlike(x, operator, name, f"a {_form(dtype, shape)}")
     return x.data_ptr()
+
+
+def array_address(x: NDArray[Any], operator: str, name: str, dtype: type[np.generic], *shape: int) -> int:
+    """The address of a contiguous numpy array; errors as of `address`."""
+    if x.dtype != dtype or x.shape != shape or not x.flags.c_contiguous:
+        raise ValueError(
+            f"{operator}: {name} is {x.dtype} {list(x.shape)} with strides {list(x.strides)}; the native kernel takes "
+            f"a contiguous {np.dtype(dtype)} {list(shape)}"
+        )
+    return int(x.ctypes.data)
 
 
 def begins_a_cache_line(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from .threads import StoppedError, held_signals, too_few_threads
-from .torch_threads import one_torch_thread
+from .torch_threads import one_thread_of_imported_torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,12 +24,15 @@ class Mapper(Protocol):
 class Pool:
     """A pool of `workers` threads. Its own threads must use `inline`, which stops when the pool closes.
 
-    Raises ConversionError where the system starts no more threads.
+    A function that may be the first to import torch must call `one_torch_thread`. Raises ConversionError where the
+    system starts no more threads.
     """
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="npuq-pool", initializer=one_torch_thread)
+        self._executor = ThreadPoolExecutor(
+            workers, thread_name_prefix="npuq-pool", initializer=one_thread_of_imported_torch
+        )
         self._stop = threading.Event()
         self.inline = Inline(self._stop)
         self._start()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from torch import Tensor
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A float16 of the same bits, its exponent's bias being 15 instead of 7, is the value divided by this.
 _BIAS_CHANGE: Final = 2.0**8

@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from .optimal_scale import interval_bound, score
 from .rounding import code_sums, fixed_norm, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRID_STEP = 0.3
 MOST_STEP = 0.05

@@ -23,10 +23,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # κ = ⌊|w| · UNIT / (2m − 1)⌋ identifies a breakpoint: half the scale in a fixed unit. Two different quotients with
 # denominators up to 15 differ by more than 2 / UNIT, so κ orders them exactly, and equal ones have equal κ.

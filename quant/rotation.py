@@ -14,9 +14,12 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Two Sylvester factors of up to this order each, instead of one large one: n · 2^(k/2) products instead of n · 2^k.
 _LARGEST_FACTOR = 128

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from .int8_scale import FixedRows, int8_scale
 from .optimal_scale import optimal_scale
 from .rounding import code_sums, fixed_norm, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIXED_POINT_BITS = 23
 # The fixed point of int4 min-max errors: an int16 a weight, so that native kernels need no more instructions for the

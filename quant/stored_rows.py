@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..deferred import torch
 from .float8 import decode_e4m3
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from torch import Tensor
+from ..deferred import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Values in float64 at once, two copies of them: more would leave the processor's second-level cache, at a tenth of the
 # speed.

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..choices import RECIPES
 from ..errors import RecipeError
 from ..formats.artifact import RECIPE_NAME
 from ..formats.schemes import Scheme
@@ -21,7 +22,6 @@ from ..models.roles import Role
 from ..quant.scales import Method
 from .recipe import AUTO, STORED, LayerRange, Recipe, Rule, Target, Transform
 
-NAMED = ("w4a8", "w8a8", "float")
 _RECIPE_KEYS = ("name", "target", "method", "rules", "schemes")
 _MOST_BYTES = 4 * MOST_CHARACTERS
 _MOST_RULES = 1000
@@ -33,15 +33,15 @@ def load_recipe(recipe: str | Path, method: str | None = None) -> Recipe:
 
     Raises RecipeError for a missing or malformed file and for unknown keys and values, with the nearest valid one.
     """
-    if str(recipe) in (*NAMED, STORED):
+    if str(recipe) in (*RECIPES, STORED):
         text = (files(__package__) / f"{recipe}.yaml").read_text(encoding="utf-8")
         where = f"recipe {recipe}"
     else:
         path = Path(recipe)
         if path.suffix not in (".yaml", ".yml") and not path.exists():
-            raise RecipeError(f"no recipe named {str(recipe)!r}{_nearest(str(recipe), NAMED)}; or give a .yaml file")
+            raise RecipeError(f"no recipe named {str(recipe)!r}{_nearest(str(recipe), RECIPES)}; or give a .yaml file")
         if not path.exists():
-            raise RecipeError(f"{path}: no such recipe file; named recipes are {', '.join(NAMED)}")
+            raise RecipeError(f"{path}: no such recipe file; named recipes are {', '.join(RECIPES)}")
         text, where = read_given_text(path, RecipeError, _MOST_BYTES), str(path)
     parsed = _parse(text, where)
     if method is not None and parsed.stored:

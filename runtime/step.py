@@ -55,7 +55,7 @@ class RopeRows:
 
     @classmethod
     def of(cls, tables: RopeTables, ops: Ops) -> RopeRows:
-        cos, sin = (torch.cat([table, table], dim=-1) for table in (tables.cos, tables.sin))
+        cos, sin = (torch.from_numpy(table).repeat(1, 2) for table in (tables.cos, tables.sin))
         return cls(ops.weights.parameter(cos, ops.dtype), ops.weights.parameter(sin, ops.dtype))
 
     @property

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOAT_CODES, ITEM_BYTES
 from ..errors import ArtifactError, CheckpointError
 from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_description, read_manifest
 from ..formats.checkpoint import Checkpoint
-from ..formats.safetensors import FLOAT_CODES, ITEM_BYTES
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.sources.described import described_linear
 from ..formats.sources.opening import open_weights

@@ -30,6 +30,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Builders of small checkpoints in several rooms' tests.
 sys.path.insert(0, str(Path(__file__).parent / "checkpoints"))
+# The schemas of what --json prints.
+sys.path.insert(0, str(Path(__file__).parent / "schemas"))
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

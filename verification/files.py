@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
 from ..formats.artifact import DESCRIPTION_NAME, MANIFEST_NAME, OWN_FOLDER, RECIPE_NAME
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME
-from ..inputs.files import file_sha256, inside
+from ..formats.file_hashes import file_hashes, most_together
+from ..inputs.files import inside
 from ..parallel.pool import Pool
 from ..progress import Progress, Task
 
@@ -18,10 +19,15 @@ def file_problems(directory: Path, files: Mapping[str, Any], pool: Pool, progres
     """A line for each file of the manifest that is missing or has another size or hash, and for each stray file."""
     sizes = {name: _size(directory / name) for name in files}
     progress.start(Task("hash", sum(sizes.values())))
-    checks = pool.map(lambda item: list(_check_file(directory, *item)), files.items())
-    for name, found in zip(files, checks, strict=True):
-        yield from found
-        progress.advance(sizes[name])
+    found: dict[str, list[str]] = {}
+    groups = _groups(sizes)
+    for group, problems in zip(
+        groups, pool.map(lambda names: _check_files(directory, names, files), groups), strict=True
+    ):
+        found |= problems
+        progress.advance(sum(sizes[name] for name in group))
+    for name in files:
+        yield from found[name]
     yield from stray_problems(directory, files)
     for name in (INDEX_NAME, CONFIG_NAME, DESCRIPTION_NAME, RECIPE_NAME):
         if name not in files:
@@ -39,8 +45,30 @@ def stray_problems(directory: Path, known: Collection[str]) -> Iterator[str]:
             yield f"{path.name}: a second description beside {DESCRIPTION_NAME}: engines may take either"
 
 
-def _check_file(directory: Path, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """Check one file of the manifest: existence, size, hash."""
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The files in groups that are hashed together, of about the same size: shards with shards."""
+    names, together = sorted(sizes, key=lambda name: -sizes[name]), most_together()
+    return [names[start : start + together] for start in range(0, len(names), together)]
+
+
+def _check_files(directory: Path, names: Sequence[str], files: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The problems of some files of the manifest: existence, size, hash."""
+    problems = {name: list(_file_problems(directory, name, files[name])) for name in names}
+    sound = [name for name in names if not problems[name]]
+    try:
+        hashes = dict(zip(sound, file_hashes([directory / name for name in sound], ArtifactError), strict=True))
+    except ArtifactError as error:
+        if len(sound) > 1:  # of which file?
+            return problems | {name: _check_files(directory, [name], files)[name] for name in sound}
+        return problems | {sound[0]: [str(error)]}
+    for name in sound:
+        if hashes[name] != files[name]["sha256"]:
+            problems[name].append(f"{name}: its sha256 is not the manifest's: the content has changed")
+    return problems
+
+
+def _file_problems(directory: Path, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Check a file without reading it: existence and size."""
     path = directory / name
     if not path.exists():
         yield f"{name}: missing"
@@ -50,8 +78,6 @@ def _check_file(directory: Path, name: str, entry: Mapping[str, Any]) -> Iterato
         size = path.stat().st_size
         if size != entry["size"]:
             yield f"{name}: {size} bytes, the manifest has {entry['size']}"
-        elif file_sha256(path, ArtifactError) != entry["sha256"]:
-            yield f"{name}: its sha256 is not the manifest's: the content has changed"
     except ArtifactError as error:
         yield str(error)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import FLOAT_CODES
 from ..engines.requirements import config_schemes
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import (
@@ -18,7 +19,7 @@ from ..formats.artifact import (
     is_described,
 )
 from ..formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, index_path
-from ..formats.safetensors import FLOAT_CODES, read_header
+from ..formats.safetensors import read_header
 from ..formats.schemes import OutputTensor, Scheme
 from ..inputs.files import inside
 from ..inputs.json_text import read_object

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ArtifactError, NpuqError
 from ..formats.artifact import DESCRIPTION_NAME, is_described, read_description
 from ..formats.checkpoint import Checkpoint
@@ -63,7 +61,7 @@ class Subject:
         if scheme is Scheme.FLOAT:
             code = spec.kept_dtype or self.checkpoint.tensors[spec.name].dtype
             return (OutputTensor(spec.name, code, spec.shape),)
-        float16 = self.config.dtype is torch.float16
+        float16 = self.config.dtype_code == "F16"
         return output_tensors(spec.name, scheme, spec.shape, row_parallel=spec.row_parallel, float16=float16)
 
     def weight(self, spec: Spec) -> Weight | None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
 from ...inputs.printable import printable
+from ..terminal.color import DIM, PLAIN, wants_color
 from ..terminal.console import complain, say, write
 from .chat_model import Delta
-
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Screen:
@@ -24,7 +22,7 @@ class Screen:
     def __init__(self, *, reasoning: bool = True, answers: bool = True):
         self.is_terminal = sys.stdout.isatty()
         self.answers = answers
-        self._styled = self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._styled = wants_color(sys.stdout)
         self._reasoning = reasoning and self.is_terminal
         self._in_reasoning = False
         self._last = "\n"
@@ -38,7 +36,7 @@ class Screen:
         if delta.reasoning and self._reasoning:
             if not self._in_reasoning:
                 self._in_reasoning = True
-                self._write(_DIM if self._styled else "[reasoning]\n")
+                self._write(DIM if self._styled else "[reasoning]\n")
             self._text(delta.reasoning)
         if delta.content:
             self._end_reasoning()
@@ -57,7 +55,7 @@ class Screen:
         if self._in_reasoning:
             self._in_reasoning = False
             if self._styled:
-                self._write(_PLAIN)
+                self._write(PLAIN)
             self._write("\n" if self._last == "\n" else "\n\n")
             if not self._styled:
                 self._write("[answer]\n")

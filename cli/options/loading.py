@@ -16,6 +16,15 @@ LOADING: Final = ("backend", "device", "dtype", "kv_cache_dtype", "cache_size")
 """The parameters that `loading_options` adds."""
 
 
+backend_option: Final = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What computes: NPUs, native kernels on the CPU, or plain torch. auto: an NPU where there is one.",
+)
+
+
 def _cache_size(text: str | None) -> int | None:
     """A click parameter type: a size, or None for "auto"."""
     return None if text is None or text == "auto" else size(text)
@@ -24,9 +33,9 @@ def _cache_size(text: str | None) -> int | None:
 def loading_options(function: _F) -> _F:
     """Add the options to a command; they arrive under the names of LOADING."""
     options = [
-        click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True),
+        backend_option,
         click.option("--device", help="Which NPU the ascend backend runs on, like npu:1."),
-        click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; default: the backend's own."),
+        click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype. [default: the backend's own]"),
         click.option(
             "--kv-cache-dtype",
             type=click.Choice(KV_CACHE_DTYPES),

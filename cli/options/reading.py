@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,14 @@ def as_option(what: str) -> Callable[[Command], Command]:
         "family",
         metavar="FAMILY",
         callback=_known,
+        shell_complete=_families,
         help=f"Read {what} as a model of this family, where config.json has an unknown model_type.",
     )
+
+
+def beginning(names: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Completion by the shell for an option whose values are often these names, and may be others."""
+    return lambda context, parameter, begun: [name for name in names if name.startswith(begun)]
 
 
 def known_type(family: str | None) -> Callable[[Path], None]:
@@ -40,6 +46,13 @@ def known_type(family: str | None) -> Callable[[Path], None]:
             )
 
     return check
+
+
+def _families(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """The families that begin so, for the shell."""
+    from ...models.families import FAMILIES
+
+    return [name for name in sorted(FAMILIES) if name.startswith(begun)]
 
 
 def _known(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:

@@ -27,6 +27,7 @@ def sampling_options(max_new_tokens: int | None) -> Callable[[_F], _F]:
             type=click.IntRange(min=1),
             default=max_new_tokens,
             show_default=max_new_tokens is not None or "what the context leaves",
+            help="The longest completion.",
         ),
         click.option("--greedy", is_flag=True, help="Take the likeliest token, as --temperature 0."),
         click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token."),

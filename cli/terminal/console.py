@@ -16,6 +16,8 @@ import click
 from ...errors import NpuqError
 from ...inputs.printable import printable, printable_json
 from ...units import format_bytes
+from .color import colored
+from .log import log
 
 if TYPE_CHECKING:
     from ..ranks import CommandRanks
@@ -33,6 +35,7 @@ __all__ = [
     "one_line",
     "parse_size",
     "say",
+    "say_unlogged",
     "show",
     "size",
     "take_no_more",
@@ -129,7 +132,9 @@ def _emit(value: Any) -> None:
 
 def show(*lines: object) -> None:
     """Print lines on stdout; quoted text is shortened, and its control characters are escaped."""
-    write("".join(f"{one_line(str(line))}\n" for line in lines))
+    printed = [one_line(str(line)) for line in lines]
+    log.add("\n".join(printed))
+    write("".join(f"{colored(line, sys.stdout)}\n" for line in printed))
 
 
 def write(text: str) -> None:
@@ -160,14 +165,24 @@ def work_is_done() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, if possible."""
-    complain(f"{one_line(text)}\n")
+    """Print one line on stderr, if possible, and into the log."""
+    log.add(one_line(text))
+    say_unlogged(text)
+
+
+def say_unlogged(text: str) -> None:
+    """Print one line on stderr, if possible, and not into the log."""
+    _to_stderr(f"{colored(one_line(text), sys.stderr)}\n")
 
 
 def complain(text: str) -> None:
     """Print printable text on stderr, if possible."""
+    _to_stderr(printable(text, keep="\n"))
+
+
+def _to_stderr(text: str) -> None:
     with suppress(OSError, ValueError):  # its reader is gone, its disk is full, or it is closed
-        click.echo(printable(text, keep="\n"), err=True, nl=False)
+        click.echo(text, err=True, nl=False)
 
 
 def flush(stream: TextIO) -> None:

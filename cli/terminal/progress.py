@@ -1,4 +1,4 @@
-"""Progress of long work: a bar at a terminal, lines elsewhere, or JSON lines, always on stderr.
+"""Progress of long work: a bar at a terminal, lines elsewhere, or JSON lines, always on stderr; lines in the log.
 
 It never ends the work: when stderr refuses (its reader is gone, its disk is full), progress is no longer shown.
 """
@@ -18,7 +18,9 @@ import click
 from ...choices import PROGRESS_FORMS
 from ...inputs.printable import printable_json
 from ...progress import Task
-from .console import say
+from .color import wants_color
+from .console import say_unlogged
+from .log import log
 from .pace import Pace
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class TerminalProgress:
         self._quiet = quiet
         self._lock = threading.RLock()
         self._view: View | None = None
+        self._views: list[View] = []  # that of stderr, and the log's
         self._pace: Pace | None = None
         self._ended: threading.Event | None = None
         self.total = 0
@@ -83,24 +86,27 @@ class TerminalProgress:
             return
         with self._lock:
             self._view, self._pace = _view(self._form), Pace(task)
-        if self._view is not None:
+            self._views = [*([] if self._view is None else [self._view]), *([_LogLines()] if log.is_open else [])]
             self._ended = threading.Event()
-            watcher = threading.Thread(target=self._watch, args=(self._ended, self._view), daemon=True)
+        for view in self._views:
+            watcher = threading.Thread(target=self._watch, args=(self._ended, view), daemon=True)
             try:
                 watcher.start()
             except RuntimeError:  # no new thread can start: shown at each advance only
-                self._ended = None
+                break
 
     def advance(
         self, count: int, /, *, effort: float | None = None, layer: int | None = None, layer_done: bool = False
     ) -> None:
         with self._lock:
-            if self._pace is not None and self._view is not None:
+            if self._pace is not None and self._views:
                 self._pace.advance(count, effort, layer, layer_done)
-                self._view.show(self._pace, layer_done=layer_done)
+                for view in self._views:
+                    view.show(self._pace, layer_done=layer_done)
 
     def note(self, text: str, /) -> None:
-        """Print one line for the user, unless --quiet."""
+        """Print one line for the user, unless --quiet; the log has it in any case."""
+        log.add(text)
         if self._quiet:
             return
         with self._lock:
@@ -109,21 +115,22 @@ class TerminalProgress:
             elif self._form == "json":
                 _say_json({"event": "note", "text": text})
             else:
-                say(text)
+                say_unlogged(text)
 
     def _watch(self, ended: threading.Event, view: View) -> None:
         while not ended.wait(view.seconds):
             with self._lock:
-                if self._view is view and self._pace is not None:
+                if not ended.is_set() and self._pace is not None:
                     view.show(self._pace, layer_done=False)
 
     def _end(self) -> None:
         with self._lock:
             if self._ended is not None:
                 self._ended.set()
-            if self._view is not None:
-                self._view.close()
+            for view in self._views:
+                view.close()
             self._view = self._pace = self._ended = None
+            self._views = []
 
 
 def _view(form: str) -> View | None:
@@ -151,13 +158,20 @@ class _Lines:
             self._write(pace, layer_done)
 
     def _write(self, pace: Pace, layer_done: bool) -> None:
-        say(f"{pace.task.name}: {pace.line(layer_done=layer_done)}")
+        say_unlogged(f"{pace.task.name}: {pace.line(layer_done=layer_done)}")
 
     def note(self, text: str) -> None:
-        say(text)
+        say_unlogged(text)
 
     def close(self) -> None:
         return
+
+
+class _LogLines(_Lines):
+    """The same lines, in the log."""
+
+    def _write(self, pace: Pace, layer_done: bool) -> None:
+        log.add(f"{pace.task.name}: {pace.line(layer_done=layer_done)}")
 
 
 class _JsonLines(_Lines):
@@ -205,7 +219,7 @@ class _Bar:
                 self._bar.clear()
             except (OSError, ValueError):
                 self._bar = None
-        say(text)
+        say_unlogged(text)
 
     def close(self) -> None:
         try:
@@ -225,6 +239,7 @@ def _new_bar() -> tqdm[Any]:
     return tqdm(
         total=_BAR_STEPS,
         file=sys.stderr,
+        colour="cyan" if wants_color(sys.stderr) else None,
         dynamic_ncols=sized,
         ncols=None if sized else 100,
         nrows=None if sized else 24,

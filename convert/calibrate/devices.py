@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
-import torch
-
+from ...deferred import torch
 from ...errors import ConversionError
-from ...native.calibration import calibration_arithmetic
-from ...quant.arithmetic import Arithmetic, TorchArithmetic
-from ...runtime.ops.ascend.support import import_torch_npu
+
+if TYPE_CHECKING:
+    from ...quant.arithmetic import Arithmetic
 
 
 class Device(str, Enum):
@@ -23,6 +23,10 @@ class Device(str, Enum):
 def arithmetic_on(device: Device) -> Arithmetic:
     """The arithmetic of a device. Raises ConversionError where torch finds no such device, BackendError
     where torch_npu is missing or does not start."""
+    from ...native.calibration import calibration_arithmetic
+    from ...quant.arithmetic import TorchArithmetic
+    from ...runtime.ops.ascend.support import import_torch_npu
+
     if device is Device.CPU:
         return calibration_arithmetic()
     if device is Device.NPU:

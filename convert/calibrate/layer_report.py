@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from ...errors import ConversionError
 from ...inputs.forms import Each, Form, Items, Keys, check_form, is_count, is_number, is_text
 from .layers.kv_cache import LatentScale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _REQUIRED: dict[str, Form] = {
     "expert_tokens": Items(is_count),

@@ -11,16 +11,19 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ...deferred import torch
 from ...errors import ConversionError
 from ...formats.output_files import make_folder, new_file, publish
 from ...inputs.files import file_sha256, inside, read_bytes
 from ..write.checked_lines import checked_line, line_content
 from .layer_report import LayerReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "calibration"
 _STATE, _PARTIAL = "state.json", "partial.json"

@@ -20,10 +20,8 @@ from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.text.tokenizer_check import require_tokenizer
+from .settings import BUILTIN
 
-BUILTIN = "builtin"
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQUENCE_LENGTH = 512
 _SUFFIXES = (".txt", ".md", ".jsonl")
 _TURN = {"role", "content"}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...dtypes import torch_dtype
 from ...errors import CalibrationError
 from ...formats.artifact import OWN_FOLDER
 from ...formats.digests import source_digest
 from ...formats.output_files import write_error
-from ...formats.safetensors import DTYPES
 from ...formats.schemes import Scheme
 from ...models.family import Block
 from ...models.roles import Role
@@ -238,7 +238,7 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
     """The streams before the first layer: rows of the embedding, exact and as stored."""
     streams = store.new(0)
     name = _embedding_of(walk)
-    dtype = DTYPES[walk.jobs[name].outputs[0].dtype]
+    dtype = torch_dtype(walk.jobs[name].outputs[0].dtype)
     for part in row_chunks(tokens.numel()):
         used, place = tokens.flatten()[part].unique(return_inverse=True)
         rows = torch.cat([walk.source.rows_float32(name, int(token), int(token) + 1) for token in used])

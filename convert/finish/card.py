@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -13,9 +14,11 @@ from ...inputs.names import RepoId
 from ...quant.scales import Method
 from ...recipes.recipe import Recipe, Target, Transform
 from ...units import format_bytes
-from ..calibrate.texts import Calibration
 from ..plan.prepare import Origin
 from .role_totals import RoleTotals
+
+if TYPE_CHECKING:
+    from ..calibrate.texts import Calibration
 
 # Kept from the source's card: its terms hold for the artifact too.
 _INHERITED = ("license", "license_name", "license_link", "language")

@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...engines.loader_config import loader_config
@@ -51,6 +49,9 @@ from ..write.journal import Record
 from .card import model_card
 from .role_totals import totals_by_role
 from .side_files import card_front_matter, copy_side_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def rehearse(prepared: Prepared) -> int:

@@ -8,7 +8,7 @@ from math import prod
 
 from ...errors import ConversionError
 from ...formats.schemes import Scheme
-from ...native import binding as native
+from ...native import library as native
 from ...quant.scales import Method
 from .plan import Plan
 

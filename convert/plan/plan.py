@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from ...dtypes import ITEM_BYTES
 from ...errors import ConversionError, RecipeError
 from ...formats.artifact import shard_name
-from ...formats.safetensors import ITEM_BYTES, encode_header
+from ...formats.safetensors import encode_header
 from ...formats.schemes import OutputTensor, Scheme, output_tensors
 from ...formats.sources.weights import Weight
 from ...models.inventory import Inventory

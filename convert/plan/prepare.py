@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ... import __version__
 from ...engines.placement import engine_notes
@@ -30,23 +29,18 @@ from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...models.inventory import Inventory, take_inventory
 from ...models.rope import rope_tables
-from ...parallel.torch_threads import single_threaded_torch
 from ...quant.scales import Method
 from ...recipes.reading import load_recipe
 from ...recipes.recipe import STORED, Recipe, Target
 from ..calibrate.devices import Device
-from ..calibrate.texts import (
-    BUILTIN,
-    DEFAULT_SAMPLES,
-    DEFAULT_SEQUENCE_LENGTH,
-    Calibration,
-    read_calibration,
-    read_tokenizer,
-)
+from ..calibrate.settings import BUILTIN, DEFAULT_SAMPLES, DEFAULT_SEQUENCE_LENGTH, CalibrationText
 from ..finish.side_files import side_files
 from .assignments import Assignment, check_recipe, check_source, resolve
 from .plan import Plan, build_plan
 from .statements import statements
+
+if TYPE_CHECKING:
+    from ..calibrate.texts import Calibration
 
 
 @dataclass(frozen=True)
@@ -58,17 +52,6 @@ class Origin:
     revision: str | None
     config_sha256: str
     index_sha256: str | None
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The user's choice of calibration text: a file, a directory or "builtin", and its size in samples."""
-
-    path: str | Path | None = None
-    samples: int = DEFAULT_SAMPLES
-    sequence_length: int = DEFAULT_SEQUENCE_LENGTH
-    time_budget: float | None = None  # seconds for all layers, in which the trials of `auto` must fit
-    device: Device = Device.CPU  # for the matrix work
 
 
 @dataclass(frozen=True)
@@ -180,6 +163,8 @@ def prepare(
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)
         if checkpoint.window is not None and (resolved.transforms or _needs_calibration(resolved, assignments)):
             if _needs_calibration(resolved, assignments):
+                from ..calibrate.texts import read_tokenizer
+
                 read_tokenizer(directory)  # fail here and not after the download
             raise RecipeError(
                 f"method {resolved.chain} reads weights more than once, and a checkpoint on a hub passes by: fetch it "
@@ -188,7 +173,7 @@ def prepare(
         calibration = _calibration(resolved, assignments, text or CalibrationText(), directory, config)
         if resolved.rotate:
             source = rewritten(source, rotated(config, inventory))
-        float16 = config.dtype is torch.float16
+        float16 = config.dtype_code == "F16"
         plan = build_plan(source.weights, inventory, assignments, max_shard_size, float16=float16)
         names = tuple(side_files(directory))
         origin = _origin(directory)
@@ -219,8 +204,7 @@ def prepare(
 
 
 def _rope_bytes(config: ModelConfig) -> int:
-    with single_threaded_torch():
-        tables = rope_tables(config)
+    tables = rope_tables(config)
     return tables.cos.nbytes + tables.sin.nbytes
 
 
@@ -258,6 +242,8 @@ def _calibration(
 ) -> Calibration | None:
     """The calibration tokens; None where no weight needs them."""
     if _needs_calibration(recipe, assignments):
+        from ..calibrate.texts import read_calibration
+
         position = int(config.rope.max_position)
         path = text.path or BUILTIN
         return read_calibration(path, directory, config.vocab_size, position, text.samples, text.sequence_length)

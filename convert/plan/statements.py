@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...dtypes import CODES, FLOAT_CODES, torch_name
 from ...errors import CheckpointError
 from ...formats.artifact import description_path
 from ...formats.checkpoint import INDEX_NAME, Checkpoint
-from ...formats.safetensors import CODES, DTYPES, FLOAT_CODES
 from ...formats.sources.fp8 import FP8_CODE, claims_fp8, is_beside_fp8, stated_blocks
 from ...formats.sources.grouped_int4 import GROUP, GroupedInt4, claimed_otherwise
 from ...formats.sources.ties import tied_names
@@ -155,7 +155,7 @@ def _draft_heads(source: WeightSource, heads: Sequence[str]) -> Iterator[str]:
 def _dtype(raw: Mapping[str, Any], config: ModelConfig, inventory: Inventory, source: WeightSource) -> Iterator[str]:
     if raw.get("torch_dtype") is not None and raw.get("dtype") not in (None, raw["torch_dtype"]):
         yield f"config.json has dtype {_name(config)} and torch_dtype {shown(raw['torch_dtype'])}: dtype counts"
-    code = CODES[config.dtype]
+    code = config.dtype_code
     others = [
         name
         for name, spec in inventory.specs.items()
@@ -184,7 +184,7 @@ def _quantization(checkpoint: Checkpoint, source: WeightSource) -> Iterator[str]
             f"config.json has a quantization_config ({method}) beside {described.name}: the description counts; the "
             "engines would take the other"
         )
-    elif not source.is_quantized and all(weight.dtype in DTYPES for weight in source.weights.values()):
+    elif not source.is_quantized and all(weight.dtype in CODES for weight in source.weights.values()):
         yield f"config.json has a quantization_config ({method}), and no weight is quantized: they are read as stored"
 
 
@@ -296,7 +296,7 @@ def _index(checkpoint: Checkpoint, shared: str | None) -> Iterator[str]:
 
 
 def _name(config: ModelConfig) -> str:
-    return str(config.dtype).removeprefix("torch.")
+    return torch_name(config.dtype_code)
 
 
 def _listed(numbers: Sequence[int]) -> str:

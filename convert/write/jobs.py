@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ...deferred import torch
 from ...errors import ConversionError
 from ...formats.digests import Digest, combined
 from ...formats.output_files import write_error
@@ -20,6 +20,10 @@ from ..plan.plan import Job, Slot
 from .journal import JobEntry
 from .shards import ShardFiles
 from .workspace import Written
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,15 @@ def until(stop: threading.Event, chunks: Iterator[tuple[int, int]]) -> Iterator[
         yield chunk
 
 
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, without a copy."""
-    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+def memory_of(array: NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    buffer: Any = array.reshape(-1).view(np.uint8)
     return memoryview(buffer)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, copied only where it is not contiguous."""
+    return memory_of(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 class JobOutput:
@@ -52,12 +61,9 @@ class JobOutput:
         self._job = job
         self._digests = {slot.name: Digest() for slot in job.outputs}
 
-    def write(self, slot: Slot, start: int, data: Tensor) -> None:
-        """Write the rows of one tensor from row `start` of the job on. Raises ConversionError when the disk refuses."""
-        self.write_bytes(slot, start, memory_of(data.contiguous()))
-
-    def write_bytes(self, slot: Slot, start: int, data: memoryview) -> None:
-        """Write rows as `write` does, given as bytes."""
+    def write(self, slot: Slot, start: int, data: memoryview) -> None:
+        """Write the bytes of rows of one tensor from row `start` of the job on. Raises ConversionError when the disk
+        refuses."""
         # Exact: `start` is even, and a row of the source is a whole number of half bytes in every output.
         offset = slot.start + slot.nbytes * start // max(1, self._job.rows)
         self._digests[slot.name].update(data)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ...errors import ConversionError
 from ...formats.sources.weights import WeightSource
 from ...parallel.threads import StoppedError, start_all
-from ...parallel.torch_threads import one_torch_thread, single_threaded_torch
+from ...parallel.torch_threads import single_threaded_torch
 from ..plan.memory import Budget
 from ..plan.plan import Job, Plan
 from ..tally import Tally
@@ -113,7 +113,6 @@ def run_plan(
             events.put(_Hashed(shard, sha256))
 
     def worker() -> None:
-        one_torch_thread()
         workspace = Workspace(budget.chunk_elements)
         failure: BaseException | None = None
         try:

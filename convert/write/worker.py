@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ...deferred import torch
+from ...dtypes import torch_dtype
 from ...formats.digests import source_digest
-from ...formats.safetensors import DTYPES
 from ...formats.schemes import INPUT_OFFSET, INPUT_SCALE, WEIGHT, QuantizedRows, Scheme, quantize_stored
 from ...formats.sources.weights import Weight, WeightSource, not_finite
 from ...models.roles import Role
+from ...parallel.torch_threads import one_torch_thread
 from ...quant.scales import NonFiniteError
 from ...quant.stored_rows import row_ranges
 from ...quant.weight_error import ErrorSums
 from ..plan.plan import Job, Slot
-from .jobs import JobDone, JobOutput, until
+from .jobs import JobDone, JobOutput, bytes_of, until
 from .journal import JobEntry
 from .native_job import run_native, runs_natively
 from .shards import ShardFiles
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Workspace, stop: threading.Event) -> JobDone:
@@ -32,8 +36,10 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     """
     weight = source.weights[job.source]
     stored = weight.row_bytes() if runs_natively(job) else None
-    if stored is not None:
-        return run_native(job, weight, stored, files, workspace, stop)
+    done = None if stored is None else run_native(job, weight, stored, files, workspace, stop)
+    if done is not None:
+        return done
+    one_torch_thread()
     workspace.release()  # torch may need the whole budget
     read, output = source_digest(source, job.source), JobOutput(files, job)
     squared_error = np.zeros(job.rows)
@@ -41,12 +47,12 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
     small: dict[Slot, list[Tensor]] = {}
     for start, end in until(stop, row_ranges(job.rows, job.columns, workspace.chunk_elements, weight.block_rows)):
         if job.scheme is Scheme.FLOAT:
-            output.write(job.outputs[0], start, _float_rows(job, weight, start, end))
+            output.write(job.outputs[0], start, bytes_of(_float_rows(job, weight, start, end)))
             continue
         quantized = _quantized_rows(job, weight, start, end)
         for slot in job.outputs:
             if slot.suffix == WEIGHT:
-                output.write(slot, start, quantized.tensors[WEIGHT])
+                output.write(slot, start, bytes_of(quantized.tensors[WEIGHT]))
             # A value for the whole linear comes with its first rows.
             elif slot.suffix not in (INPUT_SCALE, INPUT_OFFSET) or start == 0:
                 small.setdefault(slot, []).append(quantized.tensors[slot.suffix])
@@ -54,7 +60,7 @@ def run_job(job: Job, source: WeightSource, files: ShardFiles, workspace: Worksp
         squared_norm[start:end] = quantized.squared_norm.numpy()
     # A few bytes a row: one write a tensor and not one a chunk.
     for slot, parts in small.items():
-        output.write(slot, 0, torch.cat(parts))
+        output.write(slot, 0, bytes_of(torch.cat(parts)))
     # One sum over all rows, however they were chunked: the result does not depend on the chunks.
     stats = ErrorSums(float(squared_error.sum()), float(squared_norm.sum()))
     return JobDone(JobEntry(stats, read, output.digest()))
@@ -71,7 +77,7 @@ def _quantized_rows(job: Job, weight: Weight, start: int, end: int) -> Quantized
 
 
 def _float_rows(job: Job, weight: Weight, start: int, end: int) -> Tensor:
-    rows = weight.rows(start, end).to(DTYPES[job.outputs[0].dtype])
+    rows = weight.rows(start, end).to(torch_dtype(job.outputs[0].dtype))
     # Unknown tensors may hold any value; in a known one an infinity is damage.
     if job.role is not Role.OTHER and not torch.isfinite(rows).all():
         raise not_finite(weight)

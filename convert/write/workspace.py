@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Bytes of codes kept for hashing for each value of a chunk, and the number of jobs: while one is made, one may wait for
 # the neighbour of its shard, and one be hashed. With two values as stored (4 bytes each at most) that is 32 of the
@@ -61,7 +64,7 @@ class Written:
 class _Codes:
     """Memory for the codes of one job, and its present reader."""
 
-    memory: Tensor
+    memory: NDArray[np.int8]
     lent: Written | None = None
 
     @property
@@ -78,7 +81,7 @@ class Workspace:
     """
 
     chunk_elements: int
-    _read: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _read: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     _codes: list[_Codes] = field(default_factory=list)  # in the order of use, the latest last
 
     @property
@@ -88,29 +91,29 @@ class Workspace:
 
     def release(self) -> None:
         """Free the memory, lent or not."""
-        self._read = self._read.new_empty(0)
+        self._read = np.empty(0, np.uint8)
         for codes in self._codes:
             _take_back(codes)
         self._codes.clear()
 
-    def read(self, nbytes: int) -> Tensor:
+    def read(self, nbytes: int) -> NDArray[np.uint8]:
         """uint8 [nbytes], in the memory of the call before."""
-        if self._read.numel() < nbytes:
-            self._read = torch.empty(nbytes, dtype=torch.uint8)
+        if self._read.size < nbytes:
+            self._read = np.empty(nbytes, np.uint8)
         return self._read[:nbytes]
 
-    def codes(self, rows: int, columns: int) -> Tensor:
+    def codes(self, rows: int, columns: int) -> NDArray[np.int8]:
         """int8 [rows, columns], in reused memory that is not lent; without any, the earliest loan is taken back."""
         codes = next((codes for codes in self._codes if codes.free), None)
         if codes is None and len(self._codes) < _KEPT_JOBS:
-            codes = _Codes(torch.empty(0, dtype=torch.int8))
+            codes = _Codes(np.empty(0, np.int8))
         elif codes is None:
             codes = self._codes[0]
         _take_back(codes)
-        if codes.memory.numel() < rows * columns:
-            codes.memory = torch.empty(rows * columns, dtype=torch.int8)
+        if codes.memory.size < rows * columns:
+            codes.memory = np.empty(rows * columns, np.int8)
         self._codes = [*(other for other in self._codes if other is not codes), codes]
-        return codes.memory[: rows * columns].view(rows, columns)
+        return codes.memory[: rows * columns].reshape(rows, columns)
 
     def lend(self, written: Written) -> None:
         """Lend the latest codes to `written`: they stay unchanged until it is taken back."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...dtypes import FLOAT_CODES
 from ...errors import CheckpointError
 from ...inputs.patterns import Budget, Pattern
 from ..checkpoint import CONFIG_NAME, Checkpoint
-from ..safetensors import FLOAT_CODES
 from ..schemes import SCALE, WEIGHT, Scheme
 from .fp8 import is_beside_fp8
 from .stored_linear import Codes, StoredLinear

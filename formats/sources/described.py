@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...dtypes import FLOAT_CODES
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..safetensors import FLOAT_CODES
 from ..schemes import BIAS, DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, OFFSET, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from .stored_linear import Codes, StoredLinear
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ...models.config import ModelConfig
 from ...models.family import Block
 from ...quant.stored_rows import StoredRows
 from .stored_linear import StoredLinear
 from .weights import DerivedWeight, RowBytes, Weight, WeightSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
+from ...dtypes import FLOAT_CODES
 from ...errors import CheckpointError
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
-from ..safetensors import FLOAT_CODES, TensorInfo
+from ..safetensors import TensorInfo
 from .fp8 import FP8_CODE, Fp8Weights, is_beside_fp8, is_scale
 from .weights import OfTensor, RowBytes, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class PlainWeight(OfTensor):
         return self.checkpoint.view(self.name)
 
     def row_bytes(self) -> RowBytes:
-        return RowBytes(self.checkpoint, self.name, self.info.torch_dtype)
+        return RowBytes(self.checkpoint, self.name, self.info.dtype)
 
 
 def float_weights(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Weight]:

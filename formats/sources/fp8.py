@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ...deferred import torch
+from ...dtypes import to_float32
 from ...errors import CheckpointError
 from ...models.config_reader import MAX_SIZE, shown
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import CONFIG_NAME, Checkpoint
 from ..safetensors import TensorInfo
 from .weights import OfTensor, RowBytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 FP8_CODE: Final = "F8_E4M3"
 BY_CHANNEL, BY_TENSOR = "by channel", "by tensor"
@@ -100,9 +105,9 @@ class Fp8Weight(OfTensor):
         stop = self.shape[0] if stop is None else stop
         block_rows, block_columns = self.block
         first, last = start // block_rows, -(-stop // block_rows)
-        scale = self._checked(self._scale(first, last).to(torch.float32))
+        scale = self._checked(self._scale(first, last))
         codes = self.checkpoint.read_rows(self.name, start, stop)
-        blocks = BlockScale(scale, start - first * block_rows, block_rows, block_columns)
+        blocks = BlockScale(torch.from_numpy(scale), start - first * block_rows, block_rows, block_columns)
         if not scale.all():
             self._check_zeros(codes, blocks)
         return StoredRows(codes, blocks)
@@ -113,23 +118,22 @@ class Fp8Weight(OfTensor):
     def row_bytes(self) -> RowBytes | None:
         """The rows' bytes; None where a scale is zero, because `rows` looks at what it multiplies."""
         stored = self._scale(0, -(-self.shape[0] // self.block[0]))
-        if not self._checked(stored.to(torch.float32)).all():
-            return None
-        return RowBytes(self.checkpoint, self.name, self.info.torch_dtype, stored, self.block)
+        scale = self._checked(stored)
+        return RowBytes(self.checkpoint, self.name, FP8_CODE, scale, self.block, (stored,)) if scale.all() else None
 
-    def _scale(self, first: int, last: int) -> Tensor:
-        """Read the scales of row blocks [first, last) as [row blocks, column blocks], in the stored dtype."""
-        name = self.scale.name
-        stored = self.checkpoint.read_rows(name, first, last) if self.scale.shape else self.checkpoint.read(name)
+    def _scale(self, first: int, last: int) -> NDArray[Any]:
+        """Read the scales of row blocks [first, last) as [row blocks, column blocks], in the bits of the stored
+        dtype."""
+        name, shape = self.scale.name, self.scale.shape
+        stored = self.checkpoint.read_array(name, first, last) if shape else self.checkpoint.read_array(name)
         return stored.reshape(-1, max(1, -(-self.shape[1] // self.block[1])))
 
-    def _checked(self, scale: Tensor) -> Tensor:
-        """The same scales. CheckpointError for one that is negative, infinite or NaN."""
-        if scale.numel():
-            low, high = scale.aminmax()
-            # Written so that NaN counts as wrong.
-            if not 0 <= float(low) <= float(high) < float("inf"):
-                raise self._damaged("that is negative, infinite or NaN")
+    def _checked(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored scales as float32. CheckpointError for one that is negative, infinite or NaN."""
+        scale = to_float32(stored, self.scale.dtype)
+        # Written so that NaN counts as wrong.
+        if scale.size and not 0 <= float(scale.min()) <= float(scale.max()) < float("inf"):
+            raise self._damaged("that is negative, infinite or NaN")
         return scale
 
     def _check_zeros(self, codes: Tensor, blocks: BlockScale) -> None:

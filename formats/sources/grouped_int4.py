@@ -12,17 +12,20 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
+from ...dtypes import FLOAT_CODES, to_float32
 from ...errors import CheckpointError
 from ...models.config_reader import shown
 from ...quant.stored_rows import BlockScale, StoredRows
 from ..checkpoint import CONFIG_NAME, Checkpoint
-from ..safetensors import FLOAT_CODES, TensorInfo
+from ..safetensors import TensorInfo
 from .weights import RowBytes, Weight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 GROUP: Final = 32
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
@@ -73,8 +76,8 @@ class GroupedInt4:
         self._checked_shape()
         stop = self.shape[0] if stop is None else stop
         words = self.checkpoint.read_rows(self.info.name, start, stop)
-        scale = self.checkpoint.read_rows(self.scale.name, start, stop).to(torch.float32)
-        return StoredRows(_as_bytes(words), BlockScale(scale, 0, 1, GROUP))
+        scale = to_float32(self.checkpoint.read_array(self.scale.name, start, stop), self.scale.dtype)
+        return StoredRows(_as_bytes(words), BlockScale(torch.from_numpy(scale), 0, 1, GROUP))
 
     def view(self) -> None:
         return None
@@ -82,13 +85,14 @@ class GroupedInt4:
     def row_bytes(self) -> RowBytes | None:
         if sys.byteorder != "little":
             return None
-        beside = (self._checked_shape(),)
-        scale = self.checkpoint.read(self.scale.name)
-        return RowBytes(self.checkpoint, self.info.name, torch.uint8, scale, (1, GROUP), beside)
+        shape = self._checked_shape()
+        stored = self.checkpoint.read_array(self.scale.name)
+        scale = to_float32(stored, self.scale.dtype)
+        return RowBytes(self.checkpoint, self.info.name, "U8", scale, (1, GROUP), (stored, shape))
 
-    def _checked_shape(self) -> Tensor:
+    def _checked_shape(self) -> NDArray[Any]:
         """Read `weight_shape`. CheckpointError where it is not the shape of the packed codes."""
-        stored = self.checkpoint.read(self.stored_shape.name)
+        stored = self.checkpoint.read_array(self.stored_shape.name)
         if tuple(stored.tolist()) != self.shape:
             raise CheckpointError(
                 f"{self.stored_shape.file}: tensor {self.stored_shape.name!r} is {stored.tolist()}, but its codes are "

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from ...quant.rotation import Rotation
 from ...quant.stored_rows import StoredRows
 from .weights import DerivedWeight, Weight, WeightSource, not_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Rows, and then columns, that are rotated at a time.
 _PANEL = 256

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-import torch
-from torch import Tensor
-
+from ...deferred import torch
 from ...errors import CheckpointError
 from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
@@ -34,6 +32,9 @@ from ..schemes import (
     scale_bias,
 )
 from ..static_w8a8 import InputScale, input_scale_of, load_deq_scale, quant_bias, store_deq_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # input_scale · weight_scale, where weight_scale may itself be a rounded quotient.
 _DEQ_TOLERANCE: Final = 2.0**-22

@@ -23,18 +23,22 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ...dtypes import torch_dtype
 from ...errors import CheckpointError
-from ...quant.stored_rows import BlockScale, StoredRows
+from ...native.quantization import SourceRows
+from ...quant.stored_rows import StoredRows
 from ..checkpoint import Checkpoint
-from ..safetensors import DTYPES, TensorInfo
+from ..safetensors import TensorInfo
 from ..schemes import Scheme
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
     from .stored_linear import StoredLinear
 
 
@@ -141,28 +145,31 @@ class DerivedWeight:
 
 @dataclass(frozen=True)
 class RowBytes:
-    """The bytes of a weight whose rows [N, K] are contiguous in a tensor, in a dtype of the native kernels.
+    """The bytes of a weight whose rows [N, K] are contiguous in a tensor, in a dtype of the native kernels
+    (`native.quantization.NUMBERS`).
 
-    scale: the stored scales, one for each `block` (rows, columns) of FP8 or int4; None for float rows. beside: the
-    other tensors behind the rows, read and checked already, in the order of `Weight.stored_names`.
+    scale: float32 scales, one for each `block` (rows, columns) of FP8 or int4; None for float rows. beside: the other
+    tensors behind the rows as they are stored, read and checked already, in the order of `Weight.stored_names`.
     """
 
     checkpoint: Checkpoint
     tensor: str
-    dtype: torch.dtype
-    scale: Tensor | None = None
+    dtype: str
+    scale: NDArray[np.float32] | None = None
     block: tuple[int, int] = (1, 1)
-    beside: tuple[Tensor, ...] = ()
+    beside: tuple[NDArray[Any], ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return self.checkpoint.info(self.tensor).nbytes
 
-    @property
-    def blocks(self) -> BlockScale | None:
-        """Read the scales of all rows as float32."""
-        return None if self.scale is None else BlockScale(self.scale.to(torch.float32), 0, *self.block)
+    def rows_in(self, memory: NDArray[np.uint8], start: int = 0) -> SourceRows:
+        """Rows from `start` on, whose bytes are in memory uint8 [R, bytes of a row]."""
+        if self.scale is None:
+            return SourceRows(memory, self.dtype)
+        first = start // self.block[0]
+        return SourceRows(memory, self.dtype, self.scale[first:], self.block, start - first * self.block[0])
 
     def read(self, first: int, memory: memoryview) -> None:
         """Fill `memory` with the rows' bytes from byte `first` on."""
@@ -197,7 +204,7 @@ class WeightSource:
     def rows_float(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows [start, stop) in the dtype of `float_code`: the stored bits in that dtype, else rounded once."""
         weight = self.weights[name]
-        return weight.rows(start, stop).to(DTYPES[weight.float_code])
+        return weight.rows(start, stop).to(torch_dtype(weight.float_code))
 
     def announce(self, names: Iterable[str], finished: Container[str]) -> None:
         """Announce the weights that will be read, in this order, without `finished` ones: a window fetches them."""

@@ -10,6 +10,7 @@
 #include "inference/kernels/float_gemm.h"
 #include "inference/kernels/int_gemm.h"
 #include "convert/int4_pack.h"
+#include "convert/compare_row.h"
 #include "common/float_rows.h"
 
 #define JOIN_(a, b) a##b
@@ -69,6 +70,8 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .convert_row = convert_row,
     .convert_stored = convert_stored,
     .pack_rows = pack_rows,
+    .unpack_rows = unpack_rows,
+    .compare_row = compare_row,
     .tile_rows = PRODUCT_ROWS,
     .tile_columns = PRODUCT_COLUMNS,
     .product_tile = product_tile,

@@ -175,6 +175,11 @@ struct kernels {
     void (*gptq_columns)(const struct gptq_panel *panel);
     size_t (*descend)(const struct descent *task); /* the number of moves */
 
+    /* Verification; see convert/compare_row.h. `dequantized` is float scratch of the row's length. */
+    void (*unpack_rows)(const int8_t *packed, size_t n, int8_t *even, int8_t *odd);
+    void (*compare_row)(const float *w, const int8_t *codes, float scale, size_t n, float *dequantized, double *error,
+                        double *norm);
+
     /* Packs two rows of int4 codes, and adds up each of `columns` equal slices of them: sums[2][columns]. */
     void (*pack_rows)(const int8_t *even, const int8_t *odd, size_t n, size_t columns, int8_t *out, int32_t *sums);
 };

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from ...formats.safetensors import FLOAT_CODES, ITEM_BYTES
+from ...dtypes import FLOAT_CODES, ITEM_BYTES
 from ...formats.schemes import Scheme
 from ...formats.sources.weights import Weight
 from ...models.config import ModelConfig
@@ -72,7 +72,7 @@ def model_of_schemes(config: ModelConfig, scheme_of: Callable[[Spec], Scheme]) -
 
     def stored(spec: Spec) -> Stored:
         kept = spec.kept_dtype
-        return Stored(scheme_of(spec), config.dtype.itemsize if kept is None else ITEM_BYTES[kept], True)
+        return Stored(scheme_of(spec), ITEM_BYTES[kept or config.dtype_code], True)
 
     return _by_part(config, stored)
 

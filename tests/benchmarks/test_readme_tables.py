@@ -14,11 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import machine  # noqa: E402
-import marked_tables  # noqa: E402
 import readme_tables  # noqa: E402
 import record as recorder  # noqa: E402
-import rounds  # noqa: E402
+from measure import machine, marked_tables, rounds  # noqa: E402
 
 PAGE = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
 
@@ -112,6 +110,12 @@ RECORD: dict[str, Any] = {
                 "contexts": {"32768": {key: RUNTIME[key] for key in ("rounds", "medians", "spreads")}},
             }
         ),
+        "context-32k": benchmark(
+            {
+                "peers": ["llama.cpp"],
+                "contexts": {"32768": {key: RUNTIME[key] for key in ("rounds", "medians", "spreads")}},
+            }
+        ),
         "convert": benchmark(
             {
                 "rows": [
@@ -194,6 +198,8 @@ LINES = {
     "runtime-qwen3": "| npuq, tokens/s | 200.0 (100.0 to 300.0) | 20.00 (10.00 to 30.00) |",
     "context": "| 32,768 | 200.0 (100.0 to 300.0) | 20.00 (10.00 to 30.00) | 50.0 (50.0 to 50.0) |"
     " 50.00 (50.00 to 50.00), npuq 4.00 (2.00 to 6.00) × | 5.00 (5.00 to 5.00), npuq 4.00 (2.00 to 6.00) × |",
+    "context-32k": "| 32,768 | 200.0 (100.0 to 300.0) | 20.00 (10.00 to 30.00) | 50.0 (50.0 to 50.0) |"
+    " 50.00 (50.00 to 50.00), npuq 4.00 (2.00 to 6.00) × | 5.00 (5.00 to 5.00), npuq 4.00 (2.00 to 6.00) × |",
     "convert": "| /dev/shm, mse | 2.500 (2.400 to 2.600) | 3.000 | 0.80 (0.70 to 0.90) | 0.78 | 0.38 | 245 MB |",
     "calibrate": "| a whole V3 by that, without attention's scores and reading | 3 hours |  |",
     "attention": "| one token | 200 | 10.0 | 0.80 | 0.40 |",
@@ -207,13 +213,23 @@ LINES = {
 }
 
 
+ENDLESS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path(sys.argv[1]).write_text(str(child.pid))
+print("half done", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
 def page(*markers: str) -> str:
     return "".join(f"<!-- begin of the table: {name} -->\nof today\n{marked_tables.END}\n" for name in markers)
 
 
 @pytest.mark.parametrize("name", readme_tables.TABLES)
 def test_a_table_is_made_of_the_record(name: str) -> None:
-    found = readme_tables.with_tables(page(name), RECORD)
+    found = readme_tables.with_tables(page(name), RECORD)[0]
     lines = found.splitlines()
     assert LINES[name] in lines
     assert "of today" not in found
@@ -232,8 +248,8 @@ def test_tables_that_the_record_lacks_stay() -> None:
     del record["benchmarks"]["sampling"], record["benchmarks"]["sparse-attention-glm"]["result"]
     record["benchmarks"]["sparse-attention-glm"]["error"] = "exit status 1"
     for name in ("sampling", "sparse-attention", "kernels avx2"):
-        assert readme_tables.with_tables(page(name), record) == page(name)
-    both = readme_tables.with_tables(page("kernels avx2", "kernels avx512"), record)
+        assert readme_tables.with_tables(page(name), record) == (page(name), [])
+    both, _ = readme_tables.with_tables(page("kernels avx2", "kernels avx512"), record)
     assert both.count("of today") == 1
     assert LINES["kernels"] in both.partition("kernels avx512")[2]
 
@@ -244,7 +260,7 @@ def test_the_pages_markers_name_tables() -> None:
     wanted = [benchmark for table in readme_tables.TABLES.values() for benchmark in table.benchmarks]
     assert sorted(wanted) == sorted(recorder.BENCHMARKS)
     for line in LINES.values():
-        assert line in readme_tables.with_tables(PAGE, RECORD)
+        assert line in readme_tables.with_tables(PAGE, RECORD)[0]
 
 
 @pytest.mark.parametrize("marker", ["speed", "kernels sse"])
@@ -290,8 +306,31 @@ def test_a_benchmark_that_fails_leaves_its_error(tmp_path: Path, monkeypatch: py
     (tmp_path / "sound.py").write_text("print('{}')")
     monkeypatch.setattr(recorder, "HERE", tmp_path)
     monkeypatch.setattr(recorder, "read_bandwidth", lambda threads: 1.0)
-    found = {name: recorder.run([f"{name}.py"], 1) for name in ("broken", "silent", "sound")}
+    found = {name: recorder.run([f"{name}.py"], 1, 300) for name in ("broken", "silent", "sound")}
     assert found["broken"]["error"] == "exit status 1: no such model"
     assert found["silent"]["error"].startswith("its --json is none")
     assert found["sound"]["result"] == {}
     assert found["sound"]["cpu_s"] > 0
+
+
+def test_a_benchmark_that_takes_too_long_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    monkeypatch.setattr(recorder, "HERE", tmp_path)
+    monkeypatch.setattr(recorder, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(recorder, "read_bandwidth", lambda threads: 1.0)
+    found = recorder.run(["endless.py", str(tmp_path / "child")], 1, 3)
+    assert found["error"] == "stopped at its limit of 3 s; it last said: half done"
+    child = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    monkeypatch.setattr(recorder, "LEAST_SECONDS", 15)
+    assert recorder.run(["endless.py"], 1, 3)["error"] == "no time was left for it: give --minutes"
+
+
+def test_a_table_whose_figures_are_missing_is_named_and_stays() -> None:
+    record = copy.deepcopy(RECORD)
+    del record["benchmarks"]["ranks"]["result"]["settings"]
+    both, failed = readme_tables.with_tables(page("ranks", "sampling"), record)
+    assert failed == ["table ranks: KeyError('settings')"]
+    assert both.count("of today") == 1

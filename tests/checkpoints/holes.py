@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from npuq.formats.safetensors import ITEM_BYTES, encode_header
+from npuq.dtypes import ITEM_BYTES
+from npuq.formats.safetensors import encode_header
 
 Header = tuple[str, str, tuple[int, ...]]
 

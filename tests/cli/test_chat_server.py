@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from json_schemas import check
 from scripted_server import ASKED, DONE, HANG, STREAM, ScriptedServer, delta, document, event
 from terminal_process import TerminalProcess
 
@@ -84,6 +85,7 @@ def test_a_pipe_gets_the_answer_without_reasoning_and_json_has_both(name: str, s
     assert chat("Well?\n", serve(MODELS, script).url)[1] == "Yes.\n"
     code, out, _ = chat("Well?\n", serve(MODELS, script).url, "--json")
     found = json.loads(out)
+    check("chat", found)
     assert code == 0 and found["model"] == "tiny"
     (turn,) = found["turns"]
     assert (turn["question"], turn["content"], turn["reasoning"]) == ("Well?", "Yes.\n", "Hm.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import pytest
 import warm
+from json_schemas import FOLDER, NAMES, check, check_output
 
 from npuq.cli.main import COMMANDS, group
 from npuq.cli.terminal.console import JSON_SCHEMA
@@ -19,9 +20,11 @@ DOCS = Path(__file__).parents[2] / "docs/json.md"
 
 
 def npuq(*arguments: object) -> tuple[int, Any, str]:
-    """(exit status, the document on stdout, stderr)."""
+    """(exit status, the document on stdout, which has the form of its schema, stderr)."""
     done = warm.run(*map(str, arguments))
-    return done.returncode, json.loads(done.stdout), done.stderr
+    document = json.loads(done.stdout)
+    check_output(str(arguments[0]), document)
+    return done.returncode, document, done.stderr
 
 
 def keys(value: Any) -> set[str]:
@@ -65,6 +68,11 @@ def test_documents_have_a_schema_number_and_one_vocabulary(artifact: Path, comma
     assert not {"nbytes", "bytes"} & keys(document)
 
 
+def test_a_plan_has_the_form_of_its_schema(artifact: Path) -> None:
+    _, document, _ = npuq("doctor", "--plan", artifact, "--json")
+    assert document["layouts"] and document["recommended"]
+
+
 def test_states_are_words(artifact: Path) -> None:
     _, document, _ = npuq("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run", "--json")
     assert (document["status"], document["output_state"], document["refusal"]) == ("planned", "finished", None)
@@ -96,25 +104,40 @@ def test_without_json_an_error_prints_nothing_on_stdout() -> None:
     assert done.returncode == 1 and done.stdout == ""
 
 
-def test_the_docs_name_the_schema_and_every_key(artifact: Path) -> None:
+def test_the_docs_name_the_schema_and_every_key() -> None:
     text = DOCS.read_text(encoding="utf-8")
     assert f"`schema` is {JSON_SCHEMA}" in text
     told = set(re.findall(r"`([a-z0-9_]+)`", text))
-    for arguments in (
-        ("convert", EXAMPLE, artifact, "--method", "minmax", "--dry-run"),
-        ("inspect", artifact),
-        ("verify", artifact, "--source", EXAMPLE),
-        ("report", artifact),
-        ("doctor", EXAMPLE),
-    ):
-        _, document, _ = npuq(*arguments, "--json")
-        of_roles = {key for role in document.get("roles", []) for key in role}
-        of_errors = {key for linear in document.get("errors", []) for key in linear}
-        shown = set(document) | of_roles | of_errors
-        assert shown <= told, shown - told
+    for name in NAMES:
+        schema = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        assert re.search(
+            rf"^\| \[`{name.replace('-plan', ' --plan')}`\]\(schemas/{name}\.json\) \|", text, re.MULTILINE
+        ), name
+        top = schema["items"] if schema["type"] == "array" else schema
+        assert top["properties"]["schema"] == {"const": JSON_SCHEMA}
+        of_lists = [top["properties"][key]["items"] for key in ("roles", "errors", "turns") if key in top["properties"]]
+        for part in (top, *of_lists):
+            assert set(part["properties"]) - {"schema"} <= told, (name, set(part["properties"]) - told)
     from npuq.runtime.diagnostics.doctor import Device  # no test machine has one
 
-    assert set(Device.__dataclass_fields__) <= told
+    doctor = json.loads((FOLDER / "doctor.json").read_text(encoding="utf-8"))["properties"]
+    assert set(Device.__dataclass_fields__) == set(doctor["devices"]["items"]["properties"]) <= told
+
+
+def test_every_command_has_a_schema() -> None:
+    assert {*COMMANDS, "doctor-plan", "error"} == set(NAMES)
+
+
+def test_a_document_with_a_key_too_many_or_too_few_is_told() -> None:
+    error = {"type": "X", "message": "x", "exit_code": 1}
+    check("error", {"schema": JSON_SCHEMA, "error": error})
+    for wrong in (
+        {"schema": 1, "error": error},
+        {"schema": JSON_SCHEMA, "error": {**error, "more": 1}},
+        {"schema": JSON_SCHEMA},
+    ):
+        with pytest.raises(AssertionError):
+            check("error", wrong)
 
 
 def test_sizes_are_named_as_such(artifact: Path) -> None:

@@ -99,8 +99,8 @@ def test_rows_of_every_form(form: str, tmp_path: Path) -> None:
     for start, stop in ((0, 160), (0, 1), (159, 160), (50, 131), (130, 130)):
         assert torch.equal(weights.rows_float32("a.weight", start, stop), expected[start:stop])
     stored = read.row_bytes()
-    assert stored is not None and stored.blocks is not None and stored.blocks.scale.dtype == torch.float32
-    assert (stored.blocks.block_rows, stored.blocks.block_columns) == block
+    assert stored is not None and stored.scale is not None and stored.scale.dtype == np.float32
+    assert stored.block == block
 
 
 def test_every_power_of_two(tmp_path: Path) -> None:

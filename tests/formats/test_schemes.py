@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from npuq.dtypes import code_of
 from npuq.formats.int4 import unpack_int4
-from npuq.formats.safetensors import CODES
 from npuq.formats.schemes import OutputTensor, Scheme, dequantize, output_tensors, quantize_rows
 from npuq.quant.scales import Method
 
@@ -18,7 +18,7 @@ def test_quantized_rows_are_what_the_format_says(scheme: Scheme, row_parallel: b
     described = {t.name: t for t in output_tensors("a.weight", scheme, (10, 64), row_parallel=row_parallel)}
     assert {f"a.{suffix}" for suffix in result.tensors} == set(described)
     for suffix, tensor in result.tensors.items():
-        assert described[f"a.{suffix}"] == OutputTensor(f"a.{suffix}", CODES[tensor.dtype], tuple(tensor.shape))
+        assert described[f"a.{suffix}"] == OutputTensor(f"a.{suffix}", code_of(tensor.dtype), tuple(tensor.shape))
     assert not result.tensors["weight_offset"].any()
     restored = dequantize(result.tensors, scheme)
     error = ((rows.double() - restored.double()) ** 2).sum(1)

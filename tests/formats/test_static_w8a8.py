@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npuq.formats.safetensors import CODES
+from npuq.dtypes import code_of
 from npuq.formats.schemes import Scheme, output_tensors, quantize_rows
 from npuq.formats.static_w8a8 import InputScale, input_scale_of, load_deq_scale, quant_bias, quantize_static
 from npuq.quant.scales import Method
@@ -41,7 +41,7 @@ def test_a_range_that_is_none_is_refused(low: float, high: float) -> None:
 def test_tensors_are_what_the_format_says(float16: bool) -> None:
     result = quantize_static(weight(), -1.5, 4.0, Method.MSE, float16=float16)
     described = output_tensors("a.weight", Scheme.W8A8_STATIC, (12, 64), row_parallel=True, float16=float16)
-    stored = {f"a.{suffix}": (CODES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in result.tensors.items()}
+    stored = {f"a.{suffix}": (code_of(tensor.dtype), tuple(tensor.shape)) for suffix, tensor in result.tensors.items()}
     assert stored == {tensor.name: (tensor.dtype, tensor.shape) for tensor in described}
     dynamic = quantize_rows(weight(), Scheme.W8A8, Method.MSE, row_parallel=False)
     for suffix, tensor in dynamic.tensors.items():

@@ -19,7 +19,7 @@ from npuq.formats.static_w8a8 import InputScale, static_tensors
 from npuq.models.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from random_artifact import linears
+from measure.random_artifact import linears
 
 V3: dict[str, Any] = {
     "model_type": "deepseek_v3",

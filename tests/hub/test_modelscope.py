@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import Fault
+from json_schemas import check
 from loopback_modelscope import READER, LoopbackModelScope
 from support import CARD, MANIFEST, REPO, alter, contents, files_of, kill_when, npuq_process, npuq_run, reseal, shards
 
@@ -195,9 +196,10 @@ def test_quiet_is_quiet(scope: LoopbackModelScope, artifact: Path, tmp_path: Pat
     """Without a terminal too: the client would draw a bar a file."""
     done = npuq_run("push", artifact, REPO, "--hub", "modelscope", "--quiet", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    json.loads(done.stdout)
+    check("push", json.loads(done.stdout))
     done = npuq_run("pull", REPO, tmp_path / "here", "--hub", "modelscope", "--quiet", "--json")
     assert (done.returncode, done.stderr) == (0, "")
+    check("pull", json.loads(done.stdout))
     assert json.loads(done.stdout)["path"] == str(tmp_path / "here")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fault_tables import PUSH
 from faults import Fault
+from json_schemas import check
 from loopback import LoopbackHub
 from loopback_state import User
 from support import (
@@ -291,6 +292,7 @@ class TestTokens:
     def test_nothing_that_is_pushed_or_printed_has_it(self, hub: LoopbackHub, artifact: Path) -> None:
         done = npuq_run("push", artifact, REPO, "--json")
         assert done.returncode == 0, done.stderr
+        check("push", json.loads(done.stdout))
         assert json.loads(done.stdout)["repo"] == REPO
         assert "hf_writer" not in done.stdout + done.stderr
         assert all(b"hf_writer" not in content for content in hub.state.files(REPO).values())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import npuq
 import npuq.runtime
-from npuq.convert.plan.prepare import CalibrationText
+from npuq.convert.calibrate.settings import CalibrationText
 from npuq.engines.parameters import MODELS, parameter_problems, refused_names
 from npuq.errors import CheckpointError
 from npuq.formats.schemes import Scheme

@@ -553,10 +553,8 @@ def test_rows_may_lie_apart_and_be_shared(ops: NativeOps) -> None:
 
 def test_pieces_of_a_weight_that_are_not_there() -> None:
     rows = torch.ones(4, 16)
-    out = native.NativeRows(
-        torch.empty(4, 16, dtype=torch.int8), torch.empty(8, 1), None, *torch.empty(2, 8, dtype=torch.float64)
-    )
-    quantizer = native.Quantizer(StoredRows(rows), 8, False, out)
+    out = native.NativeRows(np.empty((4, 16), np.int8), np.empty((8, 1), np.float32), None, *np.empty((2, 8)))
+    quantizer = native.Quantizer(native.source_rows(StoredRows(rows)), 8, False, out)
     quantizer.run(4, 4, 0)
     for start, count, code_row in ((0, 5, 0), (5, 4, 0), (-1, 2, 0), (0, -1, 0), (0, 4, 1), (0, 1, 4), (0, 1, -1)):
         with pytest.raises(ValueError, match="quantize_rows: rows"):
@@ -565,12 +563,13 @@ def test_pieces_of_a_weight_that_are_not_there() -> None:
 
 def _quantizer(rows: Tensor, blocks: BlockScale | None, bits: int, **changes: Any) -> None:
     out = native.NativeRows(
-        torch.empty(len(rows) // (2 if bits == 4 else 1), rows.shape[1], dtype=torch.int8),
-        torch.empty(len(rows), 1),
-        torch.empty(len(rows), 1) if bits == 4 else None,
-        *torch.empty(2, len(rows), dtype=torch.float64),
+        np.empty((len(rows) // (2 if bits == 4 else 1), rows.shape[1]), np.int8),
+        np.empty((len(rows), 1), np.float32),
+        np.empty((len(rows), 1), np.float32) if bits == 4 else None,
+        *np.empty((2, len(rows))),
     )
-    native.Quantizer(StoredRows(rows, blocks), bits, True, dataclasses.replace(out, **changes)).run(0, len(rows), 0)
+    out = dataclasses.replace(out, **{name: None if each is None else each.numpy() for name, each in changes.items()})
+    native.Quantizer(native.source_rows(StoredRows(rows, blocks)), bits, True, out).run(0, len(rows), 0)
 
 
 FP8 = torch.ones(4, 20).to(torch.float8_e4m3fn)
@@ -591,7 +590,6 @@ INT4 = torch.ones(4, 20, dtype=torch.uint8)
         (_x(4, 0), None, 8, {}),
         (_x(4, 16).double(), None, 8, {}),
         (_x(4, 16).char(), None, 8, {}),
-        (_x(16, 4).T, None, 8, {}),
         (FP8, None, 8, {}),
         (_x(4, 20), BlockScale(_x(2, 2), 0, 2, 10), 8, {}),
         (FP8, BlockScale(_x(2, 2), 1, 2, 10), 8, {}),
@@ -616,6 +614,13 @@ def test_quantization_of_what_does_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=r"quantize_rows|Source: first_row"):
         _quantizer(rows, blocks, bits, **changes)
+
+
+def test_quantization_of_rows_that_lie_apart() -> None:
+    out = native.NativeRows(np.empty((4, 16), np.int8), np.empty((4, 1), np.float32), None, *np.empty((2, 4)))
+    rows = np.zeros((4, 128), np.uint8)[:, :64]
+    with pytest.raises(ValueError, match="quantize_rows: rows is uint8"):
+        native.Quantizer(native.SourceRows(rows, "F32"), 8, True, out)
 
 
 def test_quantization_of_what_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def _rows(kind: str, rows: int, columns: int, exponent: int, seed: int) -> Tenso
     return x * 2.0**exponent
 
 
-def _check(got: native.NativeRows, expected: QuantizedRows) -> None:
+def _check(got: native.Quantized, expected: QuantizedRows) -> None:
     assert torch.equal(got.codes, expected.tensors["weight"])
     assert torch.equal(got.scale, expected.tensors["weight_scale"])
     assert torch.equal(got.squared_error, expected.squared_error)
@@ -81,18 +82,19 @@ def test_piece_by_piece_through_one_memory(scheme: Scheme, piece: int) -> None:
     generator, packed = torch.Generator().manual_seed(3), 2 if scheme is Scheme.W4A8 else 1
     rows = (torch.randn(30, 48, generator=generator) * 50).to(torch.float8_e4m3fn)
     blocks = BlockScale(torch.rand(5, 3, generator=generator) + 0.1, 0, 7, 16)
-    memory, sums = torch.empty(piece, 48, dtype=torch.float8_e4m3fn), torch.zeros(2, 30, dtype=torch.float64)
-    codes, bias = torch.zeros(piece // packed + 1, 48, dtype=torch.int8), torch.zeros(30, 16)
-    out = native.NativeRows(codes, torch.zeros(30, 1), bias if packed == 2 else None, *sums)
-    quantizer = native.Quantizer(StoredRows(memory, blocks), scheme.weight_bits, True, out)
+    memory, sums = torch.empty(piece, 48, dtype=torch.float8_e4m3fn), np.zeros((2, 30))
+    codes, bias = np.zeros((piece // packed + 1, 48), np.int8), np.zeros((30, 16), np.float32)
+    out = native.NativeRows(codes, np.zeros((30, 1), np.float32), bias if packed == 2 else None, *sums)
+    quantizer = native.Quantizer(native.source_rows(StoredRows(memory, blocks)), scheme.weight_bits, True, out)
     pieces = []
     for start in range(0, 30, piece):
         memory.copy_(rows[start : start + piece])
         quantizer.run(start, piece, 1)
-        pieces.append(codes[1:].clone())
+        pieces.append(codes[1:].copy())
     assert not codes[0].any()
     expected = quantize_rows(StoredRows(rows, blocks).to_float32(), scheme, Method.MSE, row_parallel=True)
-    _check(native.NativeRows(torch.cat(pieces), out.scale, out.bias, *sums), expected)
+    tensors = (None if each is None else torch.from_numpy(each) for each in (out.scale, out.bias, *sums))
+    _check(native.Quantized(torch.from_numpy(np.concatenate(pieces)), *tensors), expected)
 
 
 @pytest.mark.parametrize("method", DATA_FREE)

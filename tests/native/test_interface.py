@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npuq.native import binding, calibration, library
+from npuq.native import binding, calibration, library, quantization
 from npuq.native.integers import Structure
 
 from .builds import COMPILER, ROOT
@@ -35,10 +35,10 @@ STRUCTS = {
 CONSTANTS = {
     "NPUQ_ABI_VERSION": library._ABI_VERSION,
     "NPUQ_OK": 0,
-    "NPUQ_NO_MEMORY": binding._NO_MEMORY,
-    "NPUQ_NOT_FINITE": binding._NOT_FINITE,
-    "NPUQ_BAD_SIZE": binding._BAD_SIZE,
-    "NPUQ_BAD_INDEX": binding._BAD_INDEX,
+    "NPUQ_NO_MEMORY": quantization.NO_MEMORY,
+    "NPUQ_NOT_FINITE": quantization.NOT_FINITE,
+    "NPUQ_BAD_SIZE": quantization.BAD_SIZE,
+    "NPUQ_BAD_INDEX": quantization.BAD_INDEX,
     "NPUQ_MOST_COLUMNS": binding.MOST_COLUMNS,
     "NPUQ_MOST_BIAS_COLUMNS": binding.MOST_BIAS_COLUMNS,
     "NPUQ_LANES": calibration.LANES,

@@ -117,7 +117,7 @@ def test_a_score_that_is_no_number_stays_one(level: str, dtype: torch.dtype) -> 
 
 
 def test_codes_cost_no_more_than_their_weights_rounding(level: str) -> None:
-    """Beside the reference, which rounds queries as the kernels do: weights in units of a 255th, and outputs in bf16."""
+    """Beside the reference, which rounds queries alike: weights in units of a 255th, and outputs in bf16."""
     ops, reference, decode = NativeOps(torch.bfloat16, threads=1, level=level), ReferenceOps(torch.bfloat16), _decode()
     cache, queries = _cache(ops, decode, int8=True), _queries(torch.bfloat16)
     for scale in (0.003, 0.02):  # scores with standard deviations of about 0.3 and 2

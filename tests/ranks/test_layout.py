@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_a_model_that_a_layout_does_not_divide(model: str, layout: Layout, words
         layout.check(MODELS[model])
 
 
+def side_by_side(parts: list[range]) -> range:
+    """Return the range that parts make up; they must have step 1 and lie side by side, in order."""
+    assert all(part.step == 1 and part for part in parts)
+    assert all(part.stop == following.start for part, following in pairwise(parts))
+    return range(parts[0].start, parts[-1].stop)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("model", MODELS)
 def test_ranks_own_every_row_and_column_once(model: str, ranks: int) -> None:
@@ -100,8 +108,11 @@ def test_ranks_own_every_row_and_column_once(model: str, ranks: int) -> None:
                             assert all(
                                 part[axis] == parts[place // every * every][axis] for place, part in enumerate(parts)
                             )
-                        whole = [index for part in parts[::every] for index in part[axis]]
-                        assert whole == list(range(size)) * (1 if axis in divided else layout.tp)
+                        owners = [part[axis] for part in parts[::every]]
+                        if axis in divided:
+                            assert side_by_side(owners) == range(size)
+                        else:
+                            assert owners == [range(size)] * layout.tp
                     if divided and sums_inputs(entry):
                         assert divided == [1 if exact else 0]
 

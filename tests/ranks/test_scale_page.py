@@ -16,8 +16,8 @@ from npuq.verification.memory_plan import PlanLine, plan_memory, stored_by_recip
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import marked_tables  # noqa: E402
 import scale_table  # noqa: E402
+from measure import marked_tables  # noqa: E402
 
 PAGE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 

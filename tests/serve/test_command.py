@@ -20,6 +20,7 @@ from typing import Any
 import campaign
 import openai
 import pytest
+from json_schemas import check
 from serving import SECONDS, wait_for
 
 from npuq.runtime import LanguageModel
@@ -60,6 +61,7 @@ class Server:
             assert line, self.lines
             text += line
         found: dict[str, Any] = json.loads(text)
+        check("serve", found)
         return found
 
     def wait(self) -> int:

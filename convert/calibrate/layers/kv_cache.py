@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ....deferred import torch
 from ....formats.kv_cache import latent_codes, storable_scale
 from ....parallel.pool import Pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Fractions of the largest value: a scale may clip a few values for the precision of the others.
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
@@ -45,7 +47,7 @@ def search_scale(latents: Callable[[slice], Tensor], batches: Sequence[slice], p
 
     found = list(pool.map(lost, batches))
     errors, norm = sum(errors for errors, _ in found), sum(norm for _, norm in found)
-    assert isinstance(errors, Tensor)
+    assert isinstance(errors, torch.Tensor)
     least = errors.min(dim=0)
     return LatentScale(
         scales.gather(0, least.indices[None])[0], math.sqrt(float(least.values.sum()) / float(norm)) if norm else 0.0

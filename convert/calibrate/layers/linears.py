@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ....dtypes import torch_dtype
 from ....errors import CalibrationError, CheckpointError
-from ....formats.safetensors import DTYPES
 from ....formats.schemes import SCALE, WEIGHT, QuantizedRows, Scheme, dequantize, linear_tensors, quantize_stored
 from ....formats.static_w8a8 import InputScale, static_tensors
 from ....parallel.pool import Mapper
@@ -21,7 +21,7 @@ from ....quant.scales import Method, NonFiniteError
 from ....quant.stored_rows import StoredRows
 from ....quant.weight_error import ErrorSums
 from ...plan.plan import Job
-from ...write.jobs import JobOutput
+from ...write.jobs import JobOutput, bytes_of
 from ...write.shards import ShardFiles
 from .operators import Deployed, round_inputs
 
@@ -57,7 +57,7 @@ class Linears:
             return b""
         output = JobOutput(self._files, job)
         for slot in job.outputs:
-            output.write(slot, 0, tensors[slot.suffix])
+            output.write(slot, 0, bytes_of(tensors[slot.suffix]))
         return output.digest()
 
     def float(self, job: Job, tensor: Tensor) -> tuple[Tensor, JobResult]:
@@ -70,7 +70,7 @@ class Linears:
 
     def rounded(self, job: Job, tensor: Tensor) -> Tensor:
         """Round a tensor to the dtype that its job stores it in."""
-        return tensor.to(DTYPES[job.outputs[0].dtype])
+        return tensor.to(torch_dtype(job.outputs[0].dtype))
 
     def quantize(
         self,

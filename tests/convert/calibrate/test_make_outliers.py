@@ -1,4 +1,4 @@
-"""benchmarks/make_outliers.py: the same function to the bit, and much harder to quantize."""
+"""benchmarks/quality/make_outliers.py: the same function to the bit, and much harder to quantize."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ from npuq.errors import CheckpointError
 from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.sources.opening import open_weights
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "make_outliers.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks/quality/make_outliers.py"
 
 
 @pytest.fixture(scope="module")

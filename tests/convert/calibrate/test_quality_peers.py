@@ -1,4 +1,4 @@
-"""benchmarks/quality_peers.py with npuq's own methods; the other tools need environments of their own."""
+"""benchmarks/quality/quality_peers.py with npuq's own methods; the other tools need environments of their own."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from npuq.runtime.text.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "quality_peers.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks/quality/quality_peers.py"
 
 
 @pytest.fixture(scope="module")

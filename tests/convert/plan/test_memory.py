@@ -9,7 +9,7 @@ import pytest
 from npuq.convert.plan.memory import plan_budget
 from npuq.convert.plan.prepare import prepare
 from npuq.errors import ConversionError
-from npuq.native import binding as native
+from npuq.native import library as native
 
 
 @pytest.fixture(scope="module")

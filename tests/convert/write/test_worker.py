@@ -16,7 +16,7 @@ from npuq.convert.write.shards import ShardFiles
 from npuq.convert.write.worker import run_job
 from npuq.convert.write.workspace import Workspace, Written
 from npuq.formats.schemes import Scheme
-from npuq.native import binding as native
+from npuq.native import library as native
 
 
 @pytest.mark.parametrize("torch_only", [False, True])

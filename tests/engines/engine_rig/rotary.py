@@ -54,6 +54,6 @@ def _agrees(engine: ModuleType, directory: Path, config: ModelConfig) -> bool:
     tables, cache = rope_tables(config), attention.rotary_emb.cos_sin_cache.float()
     if cache.shape[0] < tables.cos.shape[0]:
         return False
-    cos, sin = cache[: tables.cos.shape[0]].chunk(2, dim=-1)
-    error = max(float((cos - tables.cos).abs().max()), float((sin - tables.sin).abs().max()))
+    cos, sin = (half.numpy() for half in cache[: tables.cos.shape[0]].chunk(2, dim=-1))
+    error = max(float(abs(cos - tables.cos).max()), float(abs(sin - tables.sin).max()))
     return error <= _TOLERANCE and abs(attention.scaling / tables.softmax_scale - 1) < 1e-6

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from json_schemas import check
 
 import npuq.runtime
 from npuq.runtime import SamplingParams
@@ -241,7 +242,9 @@ def test_reasoning_is_apart_from_the_answer(run: Run, artifact: Path, tmp_path: 
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}<think>", encoding="utf-8")
     code, out, err = run(*common, "--chat")
     assert (code, out) == (0, "\n")
-    (shown,) = json.loads(run(*common, "--chat", "--json", "--quiet")[1])
+    document = json.loads(run(*common, "--chat", "--json", "--quiet")[1])
+    check("generate", document)
+    (shown,) = document
     assert shown["text"] == "" and shown["reasoning_tokens"] == 8 and shown["reasoning"]
     assert shown["reasoning"] in err and run(*common, "--chat", "--quiet") == (0, "\n", "")
     # A text is continued as it is, and so is the answer behind the end of reasoning.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from json_schemas import check
 
 import npuq.runtime
 from npuq.errors import GenerationError
@@ -78,6 +79,7 @@ def test_evaluate_layers(run: Run, artifact: Path, example: LanguageModel, text:
     artifact = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     arguments = ("evaluate", artifact, "--text", text, "--source", example.directory, "--context", 128, "--layers")
     _, out, _ = run(*arguments, "--json", "--save")
+    check("evaluate", json.loads(out))
     layers = json.loads(out)["layers"]
     assert npuq.verification.inspect(artifact).evaluations[0]["layers"] == layers
     content = text.read_text(encoding="utf-8")

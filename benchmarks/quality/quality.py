@@ -1,6 +1,7 @@
 """Quality of each method: perplexity, KL and agreement against the float source, seconds and peak memory.
 
-    python benchmarks/quality.py SOURCE… --calibration TEXT --text TEXT [--methods …] [--samples N] [--json FILE]
+    python benchmarks/quality/quality.py SOURCE… --calibration TEXT --text TEXT [--methods …]
+        [--samples N] [--json FILE]
 
 Every row is `npuq convert --method M` in a process of its own, then `npuq evaluate` against the source; both commands
 are printed. The calibration text must be another one than the evaluation's. Rows are printed as they are done.

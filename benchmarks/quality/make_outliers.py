@@ -1,6 +1,7 @@
 """Rewriting of a DeepSeek checkpoint with the channel outliers of large models, and the same logits.
 
-    python benchmarks/make_outliers.py SOURCE OUT [--seed 0] [--spread 0.9] [--outliers 0.02] [--outlier-power 4]
+    python benchmarks/quality/make_outliers.py SOURCE OUT [--seed 0] [--spread 0.9] [--outliers 0.02]
+        [--outlier-power 4]
 
 Scale moves between tensors with nothing nonlinear between them: a norm's gain and the linears behind it (the router
 too), the v rows of kv_b and o, up_proj and down_proj of every MLP. Every factor is a power of two, drawn log-normally
@@ -27,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from npuq.convert.finish.side_files import side_files
+from npuq.dtypes import ITEM_BYTES
 from npuq.errors import CheckpointError, NpuqError
 from npuq.formats.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from npuq.formats.safetensors import ITEM_BYTES, encode_header
+from npuq.formats.safetensors import encode_header
 from npuq.formats.sources.opening import open_weights
 from npuq.formats.sources.weights import WeightSource
 from npuq.models.config import ModelConfig

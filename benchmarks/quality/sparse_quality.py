@@ -1,6 +1,6 @@
 """Quality of a sparse model's W4A8 artifact below and above the limit of the selection.
 
-    python benchmarks/sparse_quality.py SOURCE --text TEXT [--calibration TEXT] [--topk N] [--methods …]
+    python benchmarks/quality/sparse_quality.py SOURCE --text TEXT [--calibration TEXT] [--topk N] [--methods …]
 
 SOURCE is a DeepSeek-V3 checkpoint without rotation of its own, such as `examples/tiny-deepseek-v3-fp8`. It becomes a
 DeepSeek-V3.2 with a random indexer in every layer: its language gets worse where tokens are selected, but source and

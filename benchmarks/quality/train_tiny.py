@@ -1,6 +1,7 @@
 """Trains a small model with grouped-query attention, with the structure that random weights lack.
 
-    python benchmarks/train_tiny.py OUTPUT --family qwen3_moe --text TEXT --tokenizer examples/tiny-deepseek-v3-fp8
+    python benchmarks/quality/train_tiny.py OUTPUT --family qwen3_moe --text TEXT
+        --tokenizer examples/tiny-deepseek-v3-fp8
 
 For `quality.py`: errors of random weights show little. A transformers model of 4 layers (256 channels, 16 experts of
 which 4) learns the text for some minutes on one core and is saved in bfloat16 with the tokenizer. Experts are balanced

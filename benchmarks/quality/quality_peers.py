@@ -1,6 +1,6 @@
 """Quality of other tools' W4A8 beside npuq's own methods: one row a tool and model, by npuq's evaluation.
 
-    python benchmarks/quality_peers.py MODEL... --calibration TEXT --text TEXT --work DIRECTORY
+    python benchmarks/quality/quality_peers.py MODEL... --calibration TEXT --text TEXT --work DIRECTORY
         [--samples 128] [--sequence-length 256] [--context 256] [--rows npuq-minmax npuq-mse llm-compressor msmodelslim]
 
 MODEL: unquantized bf16 checkpoints of DeepSeek's families. `make_outliers.py` makes two of the example's checkpoint: a
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from npuq.runtime.text.tokenizer import Tokenizer
 
-PEERS = Path(__file__).resolve().parent / "peers"
+PEERS = Path(__file__).resolve().parents[1] / "peers"
 NPUQ = [sys.executable, "-m", "npuq"]
 _STDERR = 2  # takes the output of other programs: stdout has the table alone
 

@@ -74,7 +74,7 @@ SMALL_QWEN3: dict[str, Any] = {
 }
 
 SHAPES: dict[str, dict[str, Any]] = {"v3": SMALL_V3, "qwen3": SMALL_QWEN3}
-"""Models by the names of `gguf_shapes.py`, which has the same in llama.cpp's words."""
+"""Models by the names of `peers/gguf_shapes.py`, which has the same in llama.cpp's words."""
 
 _POOL_BYTES = 64 << 20
 _SCHEMES = {

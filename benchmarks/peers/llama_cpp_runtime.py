@@ -1,7 +1,7 @@
 """llama.cpp on a model of the same shape and random weights: the CPU peer that benchmarks/runtime.py runs.
 
     pip install llama-cpp-python gguf        in an environment of its own; builds from source, ten minutes on two cores
-    python benchmarks/peer_llama_cpp.py [MODEL.gguf] [--shape qwen3] [--threads 2]
+    python benchmarks/peers/llama_cpp_runtime.py [MODEL.gguf] [--shape qwen3] [--threads 2]
 
 Writes the model once (2.6 or 2.2 GB: Q4_0 routed experts, Q8_0 elsewhere, float32 norms and router), then prints
 tokens/s of prefill and decode as JSON.
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, of all threads together")
     parser.add_argument("--write-text", action="store_true", help="only write the model, with tokens that have texts")
     options = parser.parse_args()
-    build = Path(__file__).resolve().parent.parent / "build"
+    build = Path(__file__).resolve().parents[2] / "build"
     shape = SHAPES[options.shape]
     if options.layers:
         shape = replace(shape, layers=options.layers, settings={**shape.settings, "block_count": options.layers})

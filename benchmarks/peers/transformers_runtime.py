@@ -1,6 +1,6 @@
 """transformers in bfloat16 on a model of the same shape and random weights: a peer that benchmarks/runtime.py runs.
 
-    python benchmarks/peer_transformers.py MODEL [--threads 2]
+    python benchmarks/peers/transformers_runtime.py MODEL [--threads 2]
 
 MODEL is a directory with the config.json. The routed experts of all layers share one layer's memory, which takes 3 GB
 for 9. This does not speed up the peer: a layer's experts are far larger than any cache. Prints

@@ -1,6 +1,6 @@
 """Timing of a peer's quantizer in the peer's own environment, for convert_peers.py.
 
-    python peer_quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS SECONDS
+    python peers/quantizers.py llmcompressor|msmodelslim METHOD INPUT.safetensors OUTPUT.safetensors THREADS SECONDS
 
 INPUT holds bf16 matrices [N, K]; OUTPUT gets NAME.codes int8 and NAME.scale float32 [N, 1]. Prints the seconds of a
 pass from matrices to codes and scales, both in memory, over all matrices but the first, which only warms up. Passes

@@ -15,7 +15,7 @@ from typing import Any
 
 from npuq.native.library import levels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("npuq", "torch", "numpy", "transformers", "tokenizers")
 
 
