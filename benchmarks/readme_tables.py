@@ -195,11 +195,18 @@ def calibrate(found: Result) -> Lines:
 
 
 def sampling(found: Result) -> Lines:
-    yield from head("rows, request", "native ms", "CPU ms", "numpy ms", "numpy of native")
+    yield from head("rows, request", "native ms", "CPU ms", "% of DeepSeek-V3's step", "numpy ms", "numpy of native")
     for each in found["requests"]:
         request = ", ".join(f"{name} {value:g}" for name, value in each["request"].items())
-        columns = "native ms", "native CPU ms", "numpy ms", "numpy of native"
+        columns = "native ms", "native CPU ms", "% of V3's step", "numpy ms", "numpy of native"
         yield row(f"{each['rows']}, {request}", *(with_spread(each, name) for name in columns))
+
+
+def attention(found: Result) -> Lines:
+    yield from head("operator", "GMAC/s", "GB/s", "of torch's bf16", "of torch's int8")
+    for each in found["operators"]:
+        rates = with_spread(each, "rate", 0, 1e-9), with_spread(each, "bytes", 1, 1e-9)
+        yield row(each["name"], *rates, with_spread(each, "of bf16"), with_spread(each, "of int8"))
 
 
 def ranks(found: Result) -> Lines:
@@ -269,6 +276,7 @@ TABLES: dict[str, Table] = {
     "context-32k": Table(("context-32k",), context, "Tokens/s; one round."),
     "convert": Table(("convert",), convert),
     "calibrate": Table(("calibrate",), calibrate, "One run; linears scaled from some rows and tokens to all."),
+    "attention": Table(("attention",), attention),
     "sampling": Table(("sampling",), sampling),
     "ranks": Table(("ranks",), ranks, "Tokens/s; ratios to one process, for the processor those of all ranks."),
     "sparse-attention": Table(("sparse-attention-v32", "sparse-attention-glm"), sparse_attention),

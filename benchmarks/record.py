@@ -70,6 +70,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         300,
     ),
     "calibrate": Benchmark("calibrate.py", "calibrate.py --only expert --tokens 128", 360),
+    "attention": Benchmark("attention.py --rounds 3", "attention.py --rounds 2 --keys 2048 --prompt 512", 120),
     "sampling": Benchmark("sampling.py --rounds 5", "sampling.py --rounds 2 --sequences 4", 120),
     "sparse-attention-v32": Benchmark(
         "sparse_attention.py --model v32 --repeat 6", "sparse_attention.py --model v32 --repeat 2", 120
@@ -81,14 +82,14 @@ BENCHMARKS: dict[str, Benchmark] = {
     "serve-random": Benchmark("serve.py --random --rounds 1 --prompt 100 --tokens 24", "", 240),
     "ranks": Benchmark("ranks.py --rounds 2", "ranks.py --rounds 1", 180),
     "context": Benchmark(
-        "runtime.py --context 4096,8192 --rounds 2 --tokens 20",
+        "runtime.py --context 4096,8192 --layers 2 --rounds 2 --tokens 20 --seconds 280",
         "runtime.py --context 256,512 --rounds 2 --layers 3 --tokens 4",
         300,
     ),
-    "context-32k": Benchmark("runtime.py --context 32768 --rounds 1 --tokens 20", "", 900),
+    "context-32k": Benchmark("runtime.py --context 32768 --layers 2 --rounds 1 --tokens 20", "", 900),
 }
 # Scripts whose `--threads` is the number of cores that a process may use.
-THREADED = ("kernels.py", "sampling.py", "runtime.py", "sparse_attention.py", "serve.py")
+THREADED = ("kernels.py", "attention.py", "sampling.py", "runtime.py", "sparse_attention.py", "serve.py")
 
 
 def main() -> None:

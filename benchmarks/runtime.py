@@ -2,7 +2,7 @@
 
     python benchmarks/runtime.py [--threads 2] [--rounds 3] [--json]
     python benchmarks/runtime.py --llama-cpp ENV/bin/python --transformers     # the peers too
-    python benchmarks/runtime.py --context 4096,8192,32768 --llama-cpp ENV/bin/python    # one sequence, by its length
+    python benchmarks/runtime.py --context 4096,8192,32768 --layers 2 --llama-cpp ENV/bin/python    # one sequence
 
 The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
 (build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--context", type=_lengths, default=[], help="lengths of prompts, in place of all else")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time; with one thread only")
     parser.add_argument("--shape", choices=SHAPES, default="v3")
-    parser.add_argument("--layers", type=int, help="another number of layers than the shape's; without peers")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's; without transformers")
+    parser.add_argument("--seconds", type=float, default=3600, help="with --context: leave out what would end later")
     parser.add_argument("--model", type=Path, help="default: build/random-small-SHAPE")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="default: build/random-small-SHAPE.gguf")
@@ -66,14 +67,14 @@ def main() -> None:
         parser.error("--cpu-time counts the time of all threads together: use it with --threads 1")
     if options.transformers and options.shape != "v3":
         parser.error("--transformers knows the shape v3 alone")
-    if options.layers and (options.llama_cpp or options.transformers):
-        parser.error("--layers: the peers have the shape's own number of layers")
+    if options.layers and options.transformers:
+        parser.error("--layers: transformers reads the whole model")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
     directory = options.model or BUILD / "-".join(["random-small", options.shape, *map(str, layers.values())])
-    gguf = options.gguf or BUILD / f"random-small-{options.shape}.gguf"
+    gguf = options.gguf or BUILD / f"{'-'.join(['random-small', options.shape, *map(str, layers.values())])}.gguf"
     if not (directory / "npuq" / "manifest.json").is_file():
         make(directory, {**SHAPES[options.shape], **layers})
     tokens = max([options.prompt, *options.context]) + 2 * options.tokens + 16
@@ -86,6 +87,7 @@ def main() -> None:
     shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
         peer = [str(HERE / "peers/llama_cpp_runtime.py"), str(gguf), "--shape", options.shape]
+        peer += ["--layers", str(options.layers)] if options.layers else []
         peers["llama.cpp"] = [str(options.llama_cpp), *peer, *shared]
     if options.transformers:
         peers["transformers bf16"] = [
@@ -96,12 +98,8 @@ def main() -> None:
         ]
 
     if options.context:
-        rounds_of: dict[int, list[Figures]] = {length: [] for length in options.context}
-        for number in range(options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            for length in options.context:
-                rounds_of[length].append(measure_context(model, peers, length, options.tokens, clock))
-        found = {length: summary(rounds) for length, rounds in rounds_of.items()}
+        rounds_of = measure_contexts(model, peers, options, clock)
+        found = {length: summary(rounds) for length, rounds in rounds_of.items() if rounds}
         if options.json:
             print(as_json({**vars(options), "peers": list(peers), "contexts": found}))
         else:
@@ -157,6 +155,31 @@ def measure_round(
 
 def _lengths(text: str) -> list[int]:
     return [int(length) for length in text.split(",")]
+
+
+def measure_contexts(
+    model: LanguageModel, peers: dict[str, list[str]], options: argparse.Namespace, clock: Clock
+) -> dict[int, list[Figures]]:
+    """Measure every length in every round, the shortest first, as far as the time goes.
+
+    A length that was not measured yet is expected to take the square of its ratio to the one before: attention does,
+    and all else takes less. What would end after `options.seconds` is left out and named on stderr.
+    """
+    found: dict[int, list[Figures]] = {length: [] for length in sorted(options.context)}
+    taken: dict[int, float] = {}
+    started = time.perf_counter()
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        for length in found:
+            shorter = max((done for done in taken if done <= length), default=None)
+            expected = 0.0 if shorter is None else taken[shorter] * (length / shorter) ** 2
+            now = time.perf_counter()
+            if now - started + expected > options.seconds:
+                print(f"left out: {length} tokens, about {expected:.0f} s (--seconds)", file=sys.stderr)
+                continue
+            found[length].append(measure_context(model, peers, length, options.tokens, clock))
+            taken[length] = time.perf_counter() - now
+    return found
 
 
 def measure_context(

@@ -43,10 +43,10 @@ def _quantized_linear(engine: str) -> Product:
     return product
 
 
-def read_bandwidth(clock: Clock) -> float:
+def read_bandwidth(clock: Clock, passes: int = 7) -> float:
     """Bytes/s of summing a buffer far larger than any cache: the best of several passes."""
     buffer = torch.ones(256 << 20, dtype=torch.float32)
-    return buffer.nbytes / best(buffer.sum, 7, clock)
+    return buffer.nbytes / best(buffer.sum, passes, clock)
 
 
 def best(work: Callable[[], object], repeat: int, clock: Clock) -> float:

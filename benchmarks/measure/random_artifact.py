@@ -68,7 +68,7 @@ SMALL_QWEN3: dict[str, Any] = {
     "mlp_only_layers": [],
     "vocab_size": 32768,
     "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 65536,
     "rope_theta": 10000.0,
     "torch_dtype": "bfloat16",
 }

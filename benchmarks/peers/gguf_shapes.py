@@ -90,7 +90,7 @@ def _qwen3_layer(number: int) -> Tensors:
 
 
 _COMMON: dict[str, Any] = {
-    "context_length": 4096,
+    "context_length": 65536,
     "embedding_length": HIDDEN,
     "rope_freq_base": 10000.0,
     "layer_norm_rms_eps": 1e-6,

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="default: build/random-small-SHAPE.gguf")
     parser.add_argument("--shape", choices=SHAPES, default="v3")
+    parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
@@ -31,15 +33,22 @@ def main() -> None:
     parser.add_argument("--write-text", action="store_true", help="only write the model, with tokens that have texts")
     options = parser.parse_args()
     build = Path(__file__).resolve().parents[2] / "build"
-    model = options.model or build / f"random-small-{options.shape}.gguf"
+    shape = SHAPES[options.shape]
+    if options.layers:
+        shape = replace(shape, layers=options.layers, settings={**shape.settings, "block_count": options.layers})
+    model = options.model or build / f"{'-'.join(['random-small', options.shape, *_number(options.layers)])}.gguf"
     if not model.exists():
         model.parent.mkdir(parents=True, exist_ok=True)
-        write_model(model, SHAPES[options.shape], with_texts=options.write_text)
+        write_model(model, shape, with_texts=options.write_text)
     if options.write_text:
         return
     clock = time.process_time if options.cpu_time else time.perf_counter
     prefill, decode = measure(model, options.threads, options.prompt, options.tokens, clock)
     print(json.dumps({"threads": options.threads, "prefill": prefill, "decode": decode}))
+
+
+def _number(layers: int | None) -> list[str]:
+    return [str(layers)] if layers else []
 
 
 def write_model(path: Path, model: Shape, *, with_texts: bool = False) -> None:

@@ -142,13 +142,28 @@ RECORD: dict[str, Any] = {
                 "whole_v3": {"experts_cpu_s": 7200.0, "others_cpu_s": 3600.0},
             }
         ),
+        "attention": benchmark(
+            {
+                "operators": [
+                    {"name": "one token", **of_rounds({"rate": 2e11, "bytes": 1e10, "of bf16": 0.8, "of int8": 0.4})}
+                ]
+            }
+        ),
         "sampling": benchmark(
             {
                 "requests": [
                     {
                         "rows": "flat",
                         "request": {"temperature": 1.0, "top_p": 0.95},
-                        **of_rounds({"native ms": 6.0, "native CPU ms": 7.0, "numpy ms": 15.0, "numpy of native": 2.5}),
+                        **of_rounds(
+                            {
+                                "native ms": 6.0,
+                                "native CPU ms": 7.0,
+                                "% of V3's step": 0.12,
+                                "numpy ms": 15.0,
+                                "numpy of native": 2.5,
+                            }
+                        ),
                     }
                 ]
             }
@@ -187,7 +202,8 @@ LINES = {
     " 50.00 (50.00 to 50.00), npuq 4.00 (2.00 to 6.00) × | 5.00 (5.00 to 5.00), npuq 4.00 (2.00 to 6.00) × |",
     "convert": "| /dev/shm, mse | 2.500 (2.400 to 2.600) | 3.000 | 0.80 (0.70 to 0.90) | 0.78 | 0.38 | 245 MB |",
     "calibrate": "| a whole V3 by that, without attention's scores and reading | 3 hours |  |",
-    "sampling": "| flat, temperature 1, top_p 0.95 | 6.00 | 7.00 | 15.00 | 2.50 |",
+    "attention": "| one token | 200 | 10.0 | 0.80 | 0.40 |",
+    "sampling": "| flat, temperature 1, top_p 0.95 | 6.00 | 7.00 | 0.12 | 15.00 | 2.50 |",
     "ranks": "| decode | 90.0 | 45.0; 0.50 × |",
     "sparse-attention": "| 1,024 |"
     + " 8.5 (8.0 to 9.0) ms | 3.5; 2.50 (2.00 to 3.00) × | 2.5; 3.50 (3.00 to 4.00) × |" * 2,

@@ -119,6 +119,11 @@ EMULATED __m512i emulated_permutexvar_epi16(__m512i places, __m512i a) {
     for (int k = 0; k < 32; k++) out.i16[k] = from.i16[place.i16[k] & 31];
     return out.i;
 }
+EMULATED __m512i emulated_permutex2var_epi8(__m512i a, __m512i places, __m512i b) {
+    union emulated from[2] = {{.i = a}, {.i = b}}, place = {.i = places}, out;
+    for (int k = 0; k < 64; k++) out.u8[k] = from[place.u8[k] >> 6 & 1].u8[place.u8[k] & 63];
+    return out.i;
+}
 EMULATED __m512i emulated_castsi256_si512(__m256i a) { return ((union emulated){.half = {a, a}}).i; }
 EMULATED __m512i emulated_inserti64x4(__m512i a, __m256i b, int which) {
     union emulated out = {.i = a};
@@ -181,6 +186,7 @@ EMULATED __mmask32 emulated_movepi16_mask(__m512i a) {
 #define _mm512_castsi256_si512 emulated_castsi256_si512
 #define _mm512_dpbf16_ps(sum, a, b) emulated_dpbf16_ps(sum, (__m512i)(a), (__m512i)(b))
 #define _mm512_inserti64x4 emulated_inserti64x4
+#define _mm512_permutex2var_epi8 emulated_permutex2var_epi8
 #define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
 #define _mm512_set1_epi32 emulated_set1_epi32
 #define _mm512_add_epi32 emulated_add_epi32

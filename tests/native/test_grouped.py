@@ -135,14 +135,15 @@ def test_codes(all_ops: dict[torch.dtype, NativeOps], dtype: torch.dtype) -> Non
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [8, 4, 2])
-def test_results_depend_on_no_other_head_and_no_thread(heads: int) -> None:
+def test_results_depend_on_no_other_head_and_no_thread(heads: int, dtype: torch.dtype) -> None:
     """A rank that has some of the heads gives their bits, and so do other numbers of threads."""
     torch.manual_seed(2)
-    key, value = torch.randn(2, 3000, 2, 64)
-    query, found = torch.randn(1, 8, 64), []
+    key, value = torch.randn(2, 3000, 2, 64).to(dtype)
+    query, found = torch.randn(1, 8, 64).to(dtype), []
     for threads, some in ((1, 8), (3, heads)):
-        ops = NativeOps(torch.float32, threads=threads)
+        ops = NativeOps(dtype, threads=threads)
         kv = slice(0, max(1, some * 2 // 8))
         cache, table = paged(ops, key[:, kv], value[:, kv])
         decode = Decode((1,), (3000,), table)
@@ -150,16 +151,17 @@ def test_results_depend_on_no_other_head_and_no_thread(heads: int) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_a_value_that_is_no_number_stays_with_those_that_see_it(
-    all_ops: dict[torch.dtype, NativeOps], place: str
+    all_ops: dict[torch.dtype, NativeOps], place: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    query = torch.randn(40, 4, 32)
-    rows = dict(zip((KEY, VALUE), torch.randn(2, 40, 2, 32), strict=True))
+    query = torch.randn(40, 4, 32).to(dtype)
+    rows = dict(zip((KEY, VALUE), torch.randn(2, 40, 2, 32).to(dtype), strict=True))
     rows[place][20, 1, 3] = torch.nan
     lengths = Lengths((40,), (40,), causal=True)
-    out = all_ops[torch.float32].gqa.fused_infer_attention(query, rows[KEY], rows[VALUE], lengths, 0.2)
+    out = all_ops[dtype].gqa.fused_infer_attention(query, rows[KEY], rows[VALUE], lengths, 0.2)
     assert out[:20].isfinite().all() and out[:, :2].isfinite().all()
     assert out[20:, 2:].isnan().any(-1).all()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from npuq.runtime.attention.pools import Pool
 from npuq.runtime.ops import Decode, LayerCache
 from npuq.runtime.ops.native import NativeOps
+from npuq.runtime.ops.reference import ReferenceOps
 
 from .cases import LEVELS, attention_tolerance
 
@@ -113,6 +114,16 @@ def test_a_score_that_is_no_number_stays_one(level: str, dtype: torch.dtype) -> 
         assert out[0].isnan().all()
         assert torch.equal(out[1:], before[1:])
         cache["rope"].write(torch.tensor([slot]), row)
+
+
+def test_codes_cost_no_more_than_their_weights_rounding(level: str) -> None:
+    """Beside the reference, which rounds queries alike: weights in units of a 255th, and outputs in bf16."""
+    ops, reference, decode = NativeOps(torch.bfloat16, threads=1, level=level), ReferenceOps(torch.bfloat16), _decode()
+    cache, queries = _cache(ops, decode, int8=True), _queries(torch.bfloat16)
+    for scale in (0.003, 0.02):  # scores with standard deviations of about 0.3 and 2
+        out = ops.mla.fused_infer_attention_paged(*queries, cache, decode, scale).double()
+        expected = reference.mla.fused_infer_attention_paged(*queries, cache, decode, scale).double()
+        assert float((out - expected).pow(2).mean() / expected.pow(2).mean()) < 0.01**2
 
 
 def test_a_wide_latent_of_codes_fits_its_memory(level: str) -> None:

@@ -5,7 +5,7 @@
 #include "common/dtypes.h"
 #include "common/pool.h"
 
-enum { QUERIES = 128, KEYS = ATTENTION_KEYS };
+enum { QUERIES = 256, KEYS = ATTENTION_KEYS };
 
 struct block {
     int64_t sequence, first, count; /* queries, counted from the step's first */
