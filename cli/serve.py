@@ -155,6 +155,7 @@ def command(
     try:
         from ..serve.access import Access, loopback_hosts
         from ..serve.limits import Limits
+        from ..serve.memory import freeze_objects
         from ..serve.server import HttpServer, bind
         from ..serve.service import Service
     except ModuleNotFoundError as error:
@@ -268,6 +269,7 @@ def command(
     )
     server = HttpServer(service, shutdown_timeout, listening, drains)
     ranks.last_words = server.last_words
+    freeze_objects()
     server.run(sockets=[listener])
     if failures:
         raise failures[0]

@@ -38,6 +38,7 @@ class EngineThread:
         self._telling = False
         self._woken_at = 0.0
         self._longest_step = 0.0
+        self.num_steps = 0
         self._progress_at = time.perf_counter()
 
     def start(self) -> None:
@@ -53,6 +54,7 @@ class EngineThread:
         """Note the end of a step, by any thread."""
         self._longest_step = max(self._longest_step, seconds)
         self._progress_at = time.perf_counter()
+        self.num_steps += 1
 
     def work_began(self) -> None:
         """Note that there is work now, after there was none."""

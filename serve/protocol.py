@@ -44,6 +44,7 @@ class Protocol(H11Protocol):
         if self._taking is not None:
             self._taking.cancel()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it after a reset: it would hold all of this for a minute
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -20,6 +21,7 @@ from .chat.conversations import Conversations
 from .engine_thread import EngineThread, Generation
 from .errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
+from .memory import TRIM_SECONDS, trimmer
 from .metrics import Metrics
 
 P = ParamSpec("P")
@@ -67,14 +69,18 @@ class Service:
         self._workers = anyio.CapacityLimiter(_WORKERS)
         self._entered = 0
         self._generations: set[Generation] = set()
+        self._trimming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the engine's thread, which tells this event loop of its pieces."""
         self.model.loop.after_step = self._after_step
         self.engine.start()
+        self._trimming = asyncio.create_task(self._give_memory_back())
 
     async def stop(self) -> None:
         """End the engine's thread."""
+        if self._trimming is not None:
+            self._trimming.cancel()
         self.engine.stop()
 
     @property
@@ -187,6 +193,14 @@ class Service:
         """End every request with an error."""
         for generation in self._generations:
             generation.fail(EndedError(503, message))
+
+    async def _give_memory_back(self) -> None:
+        """Give free memory back now and then, while there are requests."""
+        trim, seen = trimmer(), 0
+        while True:
+            await asyncio.sleep(TRIM_SECONDS)
+            if seen != (seen := self.engine.num_steps):
+                await self.in_thread(trim)
 
     def _check_size(self, request: Request) -> None:
         self.check_count(len(request.prompts), request.params.n)
