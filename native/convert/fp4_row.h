@@ -6,6 +6,7 @@
 #ifndef NPUQ_CONVERT_FP4_ROW_H
 #define NPUQ_CONVERT_FP4_ROW_H
 
+#include "convert/int4_minmax.h"
 #include "convert/scratch.h"
 
 /* Bins are powers of two: half a scale, and up to eight times that. */

@@ -34,6 +34,7 @@ ELSEWHERE = {
     r"torchrun .*-m npuq convert .*|(NODE=.* )?bash examples/convert(\.slurm|_torchrun\.sh) .*": "tests/convert/ranks",
     r"npuq convert .*--(shard-of|finish|ranks) .*": "tests/convert/ranks",
     r".*tests/convert/ranks/killing_ranks\.py .*|bash tests/convert/ranks/two_hosts\.sh .*": "tests/convert/ranks",
+    r"npuq (generate|evaluate) DeepSeek-V4-Flash-w4a8 .*": "tests/runtime/test_deepseek_v4.py",
     r"npuq serve .*|curl http://127\.0\.0\.1:8000/.*": "tests/serve/test_command.py",
     r"npuq chat http.*": "tests/cli/test_chat_server.py",
     r"npuq chat (?!.*< ).*": "tests/cli/test_chat.py",
