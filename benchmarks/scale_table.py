@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/checkpoints"))
 from measure.marked_tables import with_table
-from published import RELEASES
+from published import RUN_ON_NPUS
 
 from npuq.models.config import ModelConfig
 from npuq.recipes.reading import load_recipe
@@ -43,7 +43,7 @@ def lines() -> Iterator[str]:
     """The lines of the table, in Markdown."""
     yield f"| model | on one device | server | layout | {' | '.join(KINDS)} | weights | step | cache tokens |"
     yield f"|---|---:|---|---|{'---:|' * (len(KINDS) + 3)}"
-    for name, config in RELEASES.items():
+    for name, config in RUN_ON_NPUS.items():
         yield from _model(name, config)
 
 

@@ -397,6 +397,8 @@ RELEASES: dict[str, dict[str, Any]] = {
     "DeepSeek-V4-Flash": V4_FLASH,
     "DeepSeek-V4-Pro": V4_PRO,
 }
+# Those that npuq's runtime runs on NPUs and divides among ranks.
+RUN_ON_NPUS = {name: config for name, config in RELEASES.items() if config["model_type"] != "deepseek_v4"}
 
 
 def write_release(directory: Path, config: dict[str, Any]) -> list[Header]:

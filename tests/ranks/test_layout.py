@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from published import RELEASES
+from published import RUN_ON_NPUS
 
 from npuq.errors import BackendError
 from npuq.models.config import ModelConfig
@@ -15,7 +15,7 @@ from npuq.models.gqa import Gqa
 from npuq.models.tensors import ModelTensors
 from npuq.runtime.ranks.layout import Layout, layouts, sums_inputs, tiles
 
-MODELS = {name: ModelConfig.from_dict(config) for name, config in RELEASES.items()}
+MODELS = {name: ModelConfig.from_dict(config) for name, config in RUN_ON_NPUS.items()}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_tiles_are_as_even_as_they_can_be(size: int, parts: int) -> None:
 
 
 def test_a_layout_needs_a_tile_for_every_rank() -> None:
-    config: dict[str, Any] = RELEASES["DeepSeek-V2-Lite"] | {"intermediate_size": 4}
+    config: dict[str, Any] = RUN_ON_NPUS["DeepSeek-V2-Lite"] | {"intermediate_size": 4}
     with pytest.raises(BackendError, match=r"intermediate 4 has fewer tiles of 1 than 8 ranks; .* one of tp=1, 2, 4"):
         Layout(8, 8, 8).check(ModelConfig.from_dict(config))
 

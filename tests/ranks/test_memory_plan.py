@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import GLM_52, KIMI_K2, RELEASES, V2_LITE, V3, V32, write_release
+from published import GLM_52, KIMI_K2, RUN_ON_NPUS, V2_LITE, V3, V32, write_release
 from tiny import FAMILIES, make_source
 
 import npuq
@@ -74,9 +74,9 @@ def test_what_a_server_of_8_does_not_hold() -> None:
     assert planner(KIMI_K2).choose(16).cache_tokens > 32_768
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("name", RUN_ON_NPUS)
 def test_every_release_fits_two_servers(name: str) -> None:
-    plan = planner(RELEASES[name]).choose(16)
+    plan = planner(RUN_ON_NPUS[name]).choose(16)
     assert plan.cache_tokens > 131_072
     assert plan.layout.ep == 16
 
@@ -125,7 +125,7 @@ def test_a_source_is_planned_as_its_artifact(family: str, tmp_path: Path) -> Non
 
 
 def test_200000_tensors_in_seconds(tmp_path: Path) -> None:
-    config = RELEASES["Kimi-K2.5"]
+    config = RUN_ON_NPUS["Kimi-K2.5"]
     assert len(write_release(tmp_path / "source", config)) > 200_000
     started = time.process_time()
     with Checkpoint.open(tmp_path / "source") as checkpoint:
