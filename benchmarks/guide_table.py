@@ -24,6 +24,7 @@ from published import RELEASES, write_release
 import npuq
 from npuq.models.config import ModelConfig
 from npuq.recipes.reading import load_recipe
+from npuq.runtime.attention.kinds import is_on_reference_alone
 from npuq.runtime.memory.plan import Planner, recommended
 from npuq.runtime.memory.weights import NpuMemory
 from npuq.verification.memory_plan import stored_by_recipe
@@ -79,8 +80,11 @@ def _model(name: str, config: dict[str, Any]) -> str:
 
 def _ranks(config: dict[str, Any]) -> str:
     """The columns of NPUs, layout and cache tokens; dashes for a model that npuq does not run on NPUs."""
+    read = ModelConfig.from_dict(config)
+    if is_on_reference_alone(read):
+        return "– | – | –"
     try:
-        model, _ = stored_by_recipe(ModelConfig.from_dict(config), load_recipe("w4a8"))
+        model, _ = stored_by_recipe(read, load_recipe("w4a8"))
         planner = Planner(model, NpuMemory(), DEVICE_BYTES)
         plans = [recommended(planner.layouts(devices)) for devices in SERVERS]
     except npuq.NpuqError:

@@ -42,6 +42,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report is written into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_every_command_that_reports_takes_json() -> None:
     context = click.Context(group)
     for name in COMMANDS:

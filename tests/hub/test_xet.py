@@ -37,7 +37,7 @@ def test_a_push_goes_by_lfs(any_hub: LoopbackHub, artifact: Path, caplog: pytest
 
 
 def test_the_command(any_hub: LoopbackHub, artifact: Path, tmp_path: Path) -> None:
-    done = npuq_run("push", artifact, REPO)
+    done = npuq_run("push", artifact, REPO, "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     done = npuq_run("pull", REPO, tmp_path / "there", "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
