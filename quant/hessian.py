@@ -86,11 +86,14 @@ class Factor:
     damping: float
 
 
-def factor(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper, damping: float = DAMPING) -> Factor:
+def factor(
+    matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper, damping: float = DAMPING, divided: Mapper | None = None
+) -> Factor:
     """Factor H float32 [K, K], or any multiple of it, once for all linears that share their inputs.
 
     `damping` times the mean of the diagonal is added to the diagonal, and ten times more after each failed
-    factorization. Channels that were never active (zero on the diagonal) are rounded without correction. Raises
+    factorization. Channels that were never active (zero on the diagonal) are rounded without correction. divided: a
+    mapper of several processes that all have H, and divide the products; None for `mapper`. Raises
     SingularHessianError.
     """
     diagonal = matrix.diagonal().cpu()
@@ -105,7 +108,7 @@ def factor(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper, damping: floa
     while damping <= _MOST_DAMPING:
         added = torch.where(plain == 0, mean, damping * mean).to(torch.float32)
         hessian.diagonal().copy_(plain + added)
-        lower = cholesky(hessian, arithmetic, mapper)
+        lower = cholesky(hessian, arithmetic, divided or mapper)
         if lower is None or float(lower.diagonal().min()) ** 2 < _LEAST_PIVOT * damping * mean:
             lower = None  # its memory, before more is taken
             lower = _double_cholesky(hessian)
@@ -160,12 +163,13 @@ def cholesky(matrix: Tensor, arithmetic: Arithmetic, mapper: Mapper) -> Tensor |
             panel: slice = panel,
             inverse: Tensor = inverse,
             subtract: Callable[[slice], None] = subtract,
-        ) -> None:
+        ) -> Tensor:
             subtract(part)
-            lower[part, panel] = arithmetic.product(lower[part, panel], inverse)
+            return arithmetic.product(lower[part, panel], inverse)
 
-        for _ in mapper.map(divide, _pieces(panel.stop, size)):
-            pass
+        parts = list(_pieces(panel.stop, size))
+        for part, piece in zip(parts, mapper.map(divide, parts), strict=True):
+            lower[part, panel] = piece  # of another process, maybe
     return lower if bool(torch.isfinite(lower.diagonal()).all()) else None
 
 

@@ -126,7 +126,8 @@ class Layer:
         measured = {}
         for scheme, members in groups.items():
             hessian, scale = measure(members, inputs, range(len(walk.batches)), walk.linears.arithmetic, mapper)
-            measured[scheme] = hessian, factored(hessian, walk.linears.arithmetic, mapper.local), scale
+            found = factored(hessian, walk.linears.arithmetic, mapper.local, divided=mapper)
+            measured[scheme] = hessian, found, scale
         deployed = []
         for job, weight in zip(jobs, weights, strict=True):
             linear, written = walk.linears.quantize(job, weight, *measured[job.scheme], mapper)

@@ -227,7 +227,7 @@ def _smooth(layer: Layer, block: AttentionBlock, tensors: dict[str, Tensor], str
             writers = [entry for entry in block.entries if entry.writes == activation]
             change, shared = _value_change(layer, tensors, writers, readers)
             key = layer.spec(Block.ATTENTION, readers[0]).module
-        strengths[key] = choose(largest(activation), tensors, readers, change, error, shared)
+        strengths[key] = choose(largest(activation), tensors, readers, change, error, layer.walk.pool, shared)
     return strengths
 
 

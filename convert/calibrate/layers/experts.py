@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from ..context import Layer
 from .linears import JobResult, factored
 from .operators import CalibrationRouting, Deployed, float_mlp, mlp_weights, round_inputs, row_chunks
 from .smooth import deployed, least
+
+if TYPE_CHECKING:
+    from ..ranks.pool import RankedPool
 
 ENOUGH = 512
 # Rows on which smoothing strengths are judged.
@@ -119,11 +123,16 @@ def _inner(routing: CalibrationRouting, block: MlpWeights, x: Tensor) -> Tensor:
 
 
 def smooth_inner(
-    routing: CalibrationRouting, jobs: tuple[Job, Job, Job], weights: list[Tensor], inputs: Tensor
+    routing: CalibrationRouting,
+    jobs: tuple[Job, Job, Job],
+    weights: list[Tensor],
+    inputs: Tensor,
+    pool: RankedPool | None = None,
 ) -> float:
     """Rescale the channels between up and down, by the strength of least error at the block's output.
 
-    weights: gate, up and down, whose last two are replaced; inputs float32 [T, H]. Returns the strength, 0 for none.
+    weights: gate, up and down, whose last two are replaced; inputs float32 [T, H]. pool: see `least`. Returns the
+    strength, 0 for none.
     """
     block = float_mlp(weights)
     inner = _inner(routing, block, inputs)
@@ -140,5 +149,5 @@ def smooth_inner(
         up, down = map(deployed, jobs[1:], trial)
         return float((routing.mlp(x, mlp_weights(gate, up, down)) - truth).double().square().sum())
 
-    strength, weights[1:] = least((weights[1], weights[2]), rescaled, error)
+    strength, weights[1:] = least((weights[1], weights[2]), rescaled, error, pool)
     return strength

@@ -118,7 +118,7 @@ class _FeedForward:
         weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
             sample = self._normed(self._middle.floats[:JUDGED_ROWS], self._gain)
-            self._strengths[self._strength_name(place)] = smooth_inner(routing, jobs, weights, sample)
+            self._strengths[self._strength_name(place)] = smooth_inner(routing, jobs, weights, sample, walk.pool)
         floats = float_mlp(weights)
         batches, stream = walk.batches, self._middle.quantized
 

@@ -187,11 +187,13 @@ def measure(
     return hessian, scale
 
 
-def factored(hessian: Hessian | None, arithmetic: Arithmetic, mapper: Mapper) -> Factor | None:
-    """The factor of a Hessian; None without a Hessian, and for one that cannot be factored."""
+def factored(
+    hessian: Hessian | None, arithmetic: Arithmetic, mapper: Mapper, divided: Mapper | None = None
+) -> Factor | None:
+    """The factor of a Hessian (`factor`); None without a Hessian, and for one that cannot be factored."""
     if hessian is None or not hessian.rows:
         return None
     try:
-        return factor(hessian.symmetric(), arithmetic, mapper)
+        return factor(hessian.symmetric(), arithmetic, mapper, divided=divided)
     except SingularHessianError:
         return None

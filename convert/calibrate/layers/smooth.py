@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ....quant.stored_rows import StoredRows
 from ...plan.plan import Job
 from .linears import Linears
 from .operators import Deployed, row_chunks
+
+if TYPE_CHECKING:
+    from ..ranks.pool import RankedPool
 
 # Rows by whose largest activations the strength of a norm's or a dense block's smoothing is judged.
 JUDGED_ROWS: Final = 2048
@@ -31,16 +34,32 @@ Change = Callable[[Tensor], dict[str, Tensor]]
 """A function of a scale [K]: the tensors that it changes, by name."""
 
 
-def least(unchanged: Trial, trial: Callable[[float], Trial], error: Callable[[Trial], float]) -> tuple[float, Trial]:
+def least(
+    unchanged: Trial,
+    trial: Callable[[float], Trial],
+    error: Callable[[Trial], float],
+    pool: RankedPool | None = None,
+) -> tuple[float, Trial]:
     """The strength whose trial leaves the least squared error, and that trial; (0, `unchanged`) where no strength
-    gains."""
-    best, strength, found = error(unchanged) * GAIN, 0.0, unchanged
-    for candidate in STRENGTHS:
-        changed = trial(candidate)
-        left = error(changed)
+    gains.
+
+    pool: its ranks divide the trials, one at a time on each; None where the others do not take part.
+    """
+
+    def made(strength: float) -> Trial:
+        return trial(strength) if strength else unchanged
+
+    candidates = (0.0, *STRENGTHS)
+    mine = [pool is None or pool.mine(index) for index in range(len(candidates))]
+    errors = [error(made(strength)) if own else 0.0 for strength, own in zip(candidates, mine, strict=True)]
+    if pool is not None:
+        found = pool.of_all(errors)
+        errors = [found[index % pool.size][index] for index in range(len(candidates))]
+    best, strength = errors[0] * GAIN, 0.0
+    for candidate, left in zip(STRENGTHS, errors[1:], strict=True):
         if left < best:
-            best, strength, found = left, candidate, changed
-    return strength, found
+            best, strength = left, candidate
+    return strength, made(strength)
 
 
 def choose(
@@ -49,9 +68,11 @@ def choose(
     readers: tuple[str, ...],
     change: Change,
     error: Callable[[dict[str, Tensor], tuple[str, ...]], float],
+    pool: RankedPool,
     shared: tuple[int, int] = (1, 1),
 ) -> float:
-    """Find the best strength, make its change in `tensors`, and return it; 0 where none improves the error.
+    """Find the best strength, on all ranks of `pool`; make its change in `tensors`, and return it. Return 0 where none
+    improves the error.
 
     activation: the largest magnitudes [K] of the readers' inputs. error: the squared error with some tensors changed
     and the readers rounded. shared: (heads of inputs that read the same values, channels of a head); `change` gets one
@@ -65,6 +86,7 @@ def choose(
         dict[str, Tensor](),
         lambda candidate: change(smoothing_scale(activation, weight, candidate)),
         lambda trial: error(trial, readers),
+        pool,
     )
     tensors.update(changed)
     return strength

@@ -31,8 +31,8 @@ _LENGTH: Final = 8  # bytes of the structure's length
 
 
 def encoded(value: Any) -> Tensor:
-    """Bytes, uint8 [n], of a value: of tensors on the CPU, numbers, texts, bytes, None, and tuples, lists, mappings and
-    results of them."""
+    """Bytes, uint8 [n], of a value: of tensors (on the CPU once decoded), numbers, texts, bytes, None, and tuples,
+    lists, mappings and results of them."""
     tensors: list[Tensor] = []
     structure = json.dumps(_encode(value, tensors)).encode()
     head = torch.frombuffer(bytearray(len(structure).to_bytes(_LENGTH, "little") + structure), dtype=torch.uint8)
@@ -64,7 +64,7 @@ def _encode(value: Any, tensors: list[Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        tensors.append(value)
+        tensors.append(value.cpu())
         return {"tensor": [str(value.dtype), list(value.shape)]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}

@@ -210,6 +210,7 @@ def campaign(
             findings.append(f"case {case} of seed {seed}: {fault}; {rounds}")
             say(findings[-1])
         shutil.rmtree(output, ignore_errors=True)
+        print(f"case {case}: {killed} ranks killed", file=sys.stderr, flush=True)
         case += 1
     say(f"{killed} ranks killed in {case - first} conversions: {len(findings)} findings")
     return findings

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import killing_ranks
 import pytest
 
 from npuq.convert import convert_checkpoint
 from npuq.convert.conversion import Part
+from npuq.convert.plan.prepare import prepare
+from npuq.convert.ranks.run import Run
 from npuq.convert.ranks.share import Share
+from npuq.convert.write.output import claim
 from npuq.errors import ConversionError
+from npuq.progress import Silent
 
 OPTIONS = {"method": "minmax", "max_shard_size": 60_000, "workers": 1}
 
@@ -111,9 +117,6 @@ def test_other_arguments_are_refused(v3_source, tmp_path):
 
 
 def test_while_one_process_converts_no_rank_begins(v3_source, tmp_path):
-    from npuq.convert.plan.prepare import prepare
-    from npuq.convert.write.output import claim
-
     prepared = prepare(v3_source, None, "minmax", 60_000)
     prepared.checkpoint.close()
     journal = claim(tmp_path / "out", prepared.identity)
@@ -122,6 +125,32 @@ def test_while_one_process_converts_no_rank_begins(v3_source, tmp_path):
             share(v3_source, tmp_path / "out", 0, 2)
     finally:
         journal.close()
+
+
+class Notes(Silent):
+    """A receiver of notes."""
+
+    def __init__(self) -> None:
+        self.notes: Queue[str] = Queue()
+
+    def note(self, text: str, /) -> None:
+        self.notes.put(text)
+
+
+def test_while_a_rank_works_one_process_waits_for_its_claims(v3_source, expected, tmp_path, tree):
+    """No lock is held here: claims alone tell, as on another machine."""
+    prepared, output, progress = prepare(v3_source, None, "minmax", 60_000), tmp_path / "out", Notes()
+    prepared.checkpoint.close()
+    share(v3_source, output, 1, 2)
+    with Run.begin(output, prepared.identity, Share(0, 2)) as run, ThreadPoolExecutor(1) as pool:
+        run.take([0], prepared.plan, progress)
+        whole = pool.submit(convert_checkpoint, v3_source, output, progress=progress, **OPTIONS)
+        while "is being made by rank 0 of 2" not in progress.notes.get(timeout=60):
+            pass
+        assert not whole.done()
+        run.end()
+        assert whole.result(60).status == "converted"
+    assert tree(output) == expected
 
 
 def test_some_kills(tmp_path):

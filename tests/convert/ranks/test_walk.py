@@ -6,20 +6,26 @@ Ranks are threads here; `killing_ranks.py --calibrated` and test_launch.py have 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from calibrated import CHAIN, STATIC, add_tokenizer, convert
 
+from npuq.convert.calibrate.devices import Device, arithmetic_on
 from npuq.convert.calibrate.layers.linears import JobResult
+from npuq.convert.calibrate.ranks.pool import RankedPool
 from npuq.convert.calibrate.ranks.values import decoded, encoded
 from npuq.convert.ranks.team import Team
 from npuq.errors import RankError
 from npuq.inputs.launch import Launch
+from npuq.parallel.pool import Inline, Pool
 from npuq.progress import Silent
+from npuq.quant.hessian import Factor, factor
 from npuq.quant.weight_error import ErrorSums
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "ranks"))
@@ -78,6 +84,35 @@ def test_any_number_of_ranks_makes_the_same_bytes(family, method, size, make_che
     statuses = [summary.status for summary in over_ranks(size, source, tmp_path / "several", texts, **options)]
     assert statuses == ["converted", *["share"] * (size - 1)]
     assert tree(tmp_path / "several") == tree(tmp_path / "one")
+
+
+class Counting:
+    """One thread as a pool, with the number of items that it got."""
+
+    def __init__(self) -> None:
+        self.inline = Inline(threading.Event())
+        self.items = 0
+
+    def begin(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        self.items += len(items)
+        return self.inline.map(function, items)
+
+
+def test_ranks_divide_the_factor_of_a_hessian():
+    inputs = torch.randn(1400, 1300, generator=torch.Generator().manual_seed(0))
+    hessian, arithmetic, inline = inputs.T @ inputs, arithmetic_on(Device.CPU), Inline(threading.Event())
+    exchange, threads = Exchange(2), [Counting(), Counting()]
+
+    def of_rank(rank: int) -> Factor:
+        pool = RankedPool(cast(Pool, threads[rank]), ThreadGroup(exchange, rank))
+        return factor(hessian, arithmetic, inline, divided=pool)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(of_rank, range(2)))
+    expected = factor(hessian, arithmetic, inline)
+    assert all(torch.equal(each.lower, expected.lower) for each in found)
+    # Below the first panel of 256 columns are two pieces of 1024 rows, and one below each of the next four.
+    assert [each.items for each in threads] == [5, 1]
 
 
 def test_results_are_moved_unchanged():
