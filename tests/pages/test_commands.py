@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from commands import ROOT, shown
+from page_commands import ROOT, shown
 
 sys.path.insert(0, str(ROOT / "tests/hub/rig"))
 sys.path.insert(0, str(ROOT / "tests/foreign"))

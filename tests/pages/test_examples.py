@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from page_commands import ROOT
 
 sys.path.insert(0, str(ROOT / "tests/hub/rig"))
 from loopback import LoopbackHub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from commands import ROOT
+from page_commands import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npuq.choices import RECIPES
 from npuq.convert.plan.assignments import Assignment, check_recipe, resolve
 from npuq.errors import RecipeError
 from npuq.formats.checkpoint import Checkpoint
@@ -15,7 +16,7 @@ from npuq.models.config import ModelConfig
 from npuq.models.inventory import take_inventory
 from npuq.models.roles import Role
 from npuq.quant.scales import Method
-from npuq.recipes.reading import NAMED, load_recipe
+from npuq.recipes.reading import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ LAYERS = 3  # decoder layers of v3_source
 EXPERTS = "{roles: [routed_expert, mtp_routed_expert], scheme: w8a8}"
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", RECIPES)
 def test_named_recipes_pass_their_own_rules_and_survive_being_stored(name, inventory, tmp_path):
     recipe = load_recipe(name)
     check_recipe(recipe, inventory.specs, resolve(recipe, inventory.specs, LAYERS))
