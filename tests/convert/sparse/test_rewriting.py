@@ -28,7 +28,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def always_smooths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a strength that changes every channel, though nothing is quantized and no strength gains."""
     for module in (smooth, experts, feed_forward):
-        monkeypatch.setattr(module, "least", lambda unchanged, trial, error: (0.5, trial(0.5)))
+        monkeypatch.setattr(module, "least", lambda unchanged, trial, error, pool=None: (0.5, trial(0.5)))
 
 
 def convert(source: Path, output: Path, method: str) -> dict[str, Tensor]:
