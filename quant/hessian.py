@@ -45,9 +45,10 @@ class Hessian:
         self.rows = 0
 
     def add(self, x: Tensor, mapper: Mapper, mine: Callable[[int], bool] = lambda index: True) -> None:
-        """Add rows float32 [T, K]; of the sum only those of its `pieces` that are `mine`, by their indices."""
-        columns = [start for index, start in enumerate(range(0, x.shape[1], _PIECE)) if mine(index)]
-        for part in x.to(self._arithmetic.device).split(_TOKENS):
+        """Add rows float32 [T, K]; of the sum only those of its `pieces` that are `mine`, by their indices. Without any,
+        x may be a tensor without values."""
+        columns = [start for index, start in enumerate(self.starts(x.shape[1])) if mine(index)]
+        for part in x.to(self._arithmetic.device).split(_TOKENS) if columns else ():
 
             def products(start: int, part: Tensor = part) -> Tensor:
                 return self._arithmetic.product(part[:, start:].T, part[:, start : start + _PIECE])
@@ -59,8 +60,13 @@ class Hessian:
 
     def pieces(self) -> Iterator[Tensor]:
         """The pieces of the sum, as views: some columns of the lower triangle each."""
-        for start in range(0, self._sum.shape[0], _PIECE):
+        for start in self.starts(self._sum.shape[0]):
             yield self._sum[start:, start : start + _PIECE]
+
+    @staticmethod
+    def starts(size: int) -> range:
+        """The first column of each of the pieces of a sum [size, size]."""
+        return range(0, size, _PIECE)
 
     def symmetric(self) -> Tensor:
         """H [K, K]."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ...formats.sources.weights import Weight, WeightSource, not_finite
@@ -19,7 +19,7 @@ from ...runtime.step import RopeRows
 from ..plan.plan import Job
 from ..write.journal import JobEntry
 from .layers.linears import Inputs, JobResult, Linears, factored, measure
-from .layers.operators import CalibrationOps, Deployed, row_chunks
+from .layers.operators import CalibrationOps, Deployed, is_finite
 from .ranks.pool import RankedPool
 from .states import Selections
 
@@ -61,6 +61,13 @@ class Walk:
         """Token ranges of whole samples."""
         size = max(1, BATCH_TOKENS // self.sequence_length) * self.sequence_length
         return [slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size)]
+
+    @property
+    def summed_batches(self) -> list[list[slice]]:
+        """The batches whose feed-forward outputs each rank sums: neighbours, and none where ranks are more."""
+        batches, size = self.batches, self.pool.size
+        bounds = [len(batches) * rank // size for rank in range(size + 1)]
+        return [batches[first:end] for first, end in pairwise(bounds)]
 
 
 class Layer:
@@ -148,6 +155,5 @@ def rope_rows(tables: RopeTables, length: int, ops: Ops) -> RopeRows:
 
 def check_finite(weight: Weight, tensor: Tensor) -> None:
     """Raise CheckpointError for an infinity or NaN in rows of a weight."""
-    # In chunks: a mask for all values at once would exceed any budget.
-    if not all(bool(torch.isfinite(tensor[part]).all()) for part in row_chunks(tensor.shape[0])):
+    if not is_finite(tensor):
         raise not_finite(weight)

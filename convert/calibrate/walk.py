@@ -40,7 +40,7 @@ from .layer_report import Choice, LayerReport
 from .layers.attention import run_attention
 from .layers.feed_forward import run_feed_forward
 from .layers.linears import Linears
-from .layers.operators import CalibrationOps, row_chunks
+from .layers.operators import CalibrationOps, is_finite, row_chunks
 from .ranks.pool import RankedPool
 from .ranks.staging import Staging
 from .states import FOLDER, State, StateStore, StreamPair, Streams
@@ -197,7 +197,7 @@ class CalibratedWalk:
             out = self._store.new(state.layer + 1)
             # Before any other reader of the layer: `source_digest` gives the reason.
             jobs = [job for job in self._prepared.plan.jobs if job.layer == state.layer]
-            digests = walk.pool.map(lambda job: source_digest(walk.source, job.source), jobs)
+            digests = walk.pool.gathered(lambda job: source_digest(walk.source, job.source), jobs)
             read = {job.index: digest for job, digest in zip(jobs, digests, strict=True)}
             smooth, choice = walk.smooth, None
             if self._prepared.recipe.auto:
@@ -277,14 +277,15 @@ class CalibratedWalk:
 
 def _run_layer(layer: Layer, streams: StreamPair, middle: StreamPair, out: StreamPair) -> LayerReport:
     """Quantize one layer; return its report."""
+    pool = layer.walk.pool
     strengths, kv_cache = run_attention(layer, streams, middle)
-    _check_finite(middle, layer.index, "attention")
+    _check_finite(pool, middle, layer.index, "attention")
     more, coverage = run_feed_forward(layer, middle, out)
-    _check_finite(out, layer.index, "feed-forward part")
+    _check_finite(pool, out, layer.index, "feed-forward part")
     return LayerReport(
         expert_tokens=tuple(coverage.expert_tokens),
         fallbacks=coverage.fallbacks,
-        output_error=_relative(out),
+        output_error=_relative(pool, out),
         linear_errors=layer.errors,
         kv_cache=kv_cache,
         smoothing=strengths | more if layer.walk.smooth else None,
@@ -304,25 +305,32 @@ def _embedded(walk: Walk, tokens: Tensor, store: StateStore) -> Streams:
         used, place = tokens.flatten()[part].unique(return_inverse=True)
         rows = torch.cat([walk.source.rows_float32(name, int(token), int(token) + 1) for token in used])
         check_finite(walk.source.weights[name], rows)
-        streams.floats[part] = rows[place]
-        streams.quantized[part] = rows.to(dtype).float()[place]
+        torch.index_select(rows, 0, place, out=streams.floats[part])
+        torch.index_select(rows.to(dtype).float(), 0, place, out=streams.quantized[part])
     return streams
 
 
-def _check_finite(streams: StreamPair, layer: int, part: str) -> None:
-    for name, stream in (("the float model", streams.floats), ("the quantized model", streams.quantized)):
-        # In chunks: a sum in another dtype would convert a copy of the whole stream.
-        if not all(bool(torch.isfinite(stream[chunk]).all()) for chunk in row_chunks(stream.shape[0])):
+def _check_finite(pool: RankedPool, streams: StreamPair, layer: int, part: str) -> None:
+    def finite(chunk: slice) -> tuple[bool, bool]:
+        return is_finite(streams.floats[chunk]), is_finite(streams.quantized[chunk])
+
+    found = pool.gathered(finite, row_chunks(streams.floats.shape[0]))
+    for index, name in enumerate(("the float model", "the quantized model")):
+        if not all(chunk[index] for chunk in found):
             raise CalibrationError(
                 f"layer {layer}: the {part} of {name} gives activations that are no numbers; the checkpoint is "
                 "damaged, or its config.json is another model's"
             )
 
 
-def _relative(streams: StreamPair) -> float:
+def _relative(pool: RankedPool, streams: StreamPair) -> float:
     """The relative error ‖quantized − float‖ / ‖float‖ of the hidden states after a layer."""
-    lost = norm = 0.0
-    for part in row_chunks(streams.floats.shape[0]):
-        lost += float((streams.quantized[part] - streams.floats[part]).double().square().sum())
-        norm += float(streams.floats[part].double().square().sum())
+
+    def squares(part: slice) -> tuple[float, float]:
+        lost = (streams.quantized[part] - streams.floats[part]).double().square_().sum()
+        return float(lost), float(streams.floats[part].double().square_().sum())
+
+    found = pool.gathered(squares, row_chunks(streams.floats.shape[0]))
+    # In this order, whatever the number of ranks.
+    lost, norm = sum(lost for lost, _ in found), sum(norm for _, norm in found)
     return math.sqrt(lost / norm) if norm else 0.0

@@ -61,6 +61,7 @@ class _FeedForward:
         self._walk = layer.walk
         self._middle = middle
         self._out = out
+        self._parts = _joined(layer.walk.summed_batches)
         self._moe = layer.walk.config.moe_at(layer.index)
         # The config decides, as it does in engines, and not the checkpoint's other tensors.
         self._dense_blocks = [
@@ -74,11 +75,23 @@ class _FeedForward:
         if self._walk.smooth:
             self._smooth_norm()
         self._stored_gain = self._layer.keep(*_NORM, self._gain)
-        for result, start in ((self._out.floats, self._middle.floats), (self._out.quantized, self._middle.quantized)):
-            result.copy_(start)
+        before = self._middle
         for place in self._dense_blocks:
-            self._dense(place)
-        return self._strengths, Coverage([], {}) if self._moe is None else self._experts()
+            self._dense(place, before)
+            before = self._out
+        if before is self._middle:
+            self._copy()
+        coverage = Coverage([], {}) if self._moe is None else self._experts()
+        for rank, part in enumerate(self._parts):
+            self._walk.pool.share(rank, self._out.floats[part])
+            self._walk.pool.share(rank, self._out.quantized[part])
+        return self._strengths, coverage
+
+    def _copy(self) -> None:
+        """Begin the sums of outputs with the states before."""
+        part = self._parts[self._walk.pool.rank]
+        self._out.floats[part] = self._middle.floats[part]
+        self._out.quantized[part] = self._middle.quantized[part]
 
     def _normed(self, x: Tensor, gain: Tensor) -> Tensor:
         return self._walk.ops.norms.rms_norm(x, gain, self._walk.config.rms_norm_eps)
@@ -113,7 +126,8 @@ class _FeedForward:
             return None
         return self._layer.weight(Block.ROUTER, "router_bias")
 
-    def _dense(self, place: _Place) -> None:
+    def _dense(self, place: _Place, before: StreamPair) -> None:
+        """Quantize a block, and add its outputs to the states `before`, on the tokens that this rank sums."""
         layer, walk, routing = self._layer, self._walk, self._walk.ops.routing
         weights, jobs = self._block(place), self._jobs(place)
         if walk.smooth:
@@ -130,15 +144,14 @@ class _FeedForward:
         (down,) = layer.quantize(jobs[2:], weights[2:], lambda index: routing.mlp_inner(inputs(index), both))
         quantized = mlp_weights(gate, up, down)
 
-        def step(index: int) -> None:
-            part = batches[index]
-            self._out.floats[part] += routing.mlp(self._normed(self._middle.floats[part], self._gain), floats)
-            self._out.quantized[part] += routing.mlp(inputs(index), quantized)
+        def step(part: slice) -> None:
+            output = routing.mlp(self._normed(self._middle.floats[part], self._gain), floats)
+            torch.add(before.floats[part], output, out=self._out.floats[part])
+            output = routing.mlp(self._normed(stream[part], self._stored_gain), quantized)
+            torch.add(before.quantized[part], output, out=self._out.quantized[part])
 
-        walk.pool.each(step, range(len(batches)))
-        for index, part in enumerate(batches):
-            walk.pool.share(index, self._out.floats[part])
-            walk.pool.share(index, self._out.quantized[part])
+        for _ in walk.pool.begin(step, walk.summed_batches[walk.pool.rank]):
+            pass
 
     def _experts(self) -> Coverage:
         layer, walk = self._layer, self._walk
@@ -187,9 +200,6 @@ class _FeedForward:
                 for job in self._jobs(places[expert]):
                     layer.ranks[job.index] = expert % pool.size
                     layer.finish(job, results[job.index])
-        for rank, part in enumerate(pool.slices(walk.tokens)):
-            pool.share(rank, self._out.floats[part])
-            pool.share(rank, self._out.quantized[part])
         if walk.smooth:
             self._strengths[self._strength_name(places[0])] = sum(strengths) / len(strengths)
         return coverage
@@ -197,11 +207,11 @@ class _FeedForward:
     def _add_outputs(self, stream: Tensor, routing: Routing, experts: range, rows: Tensor) -> None:
         """Add the outputs of one expert of each rank, weighted, to the tokens that this rank sums, in order of the
         experts. rows: those of this rank's expert, for all its tokens."""
-        pool, count = self._walk.pool, self._walk.tokens
+        pool, parts = self._walk.pool, self._parts
         places = [_tokens_of(routing, expert) for expert in experts]
         places += [places[0][:0]] * (pool.size - len(places))  # the last experts are fewer than ranks
-        part = pool.slices(count)[pool.rank]
-        for expert, place, part_rows in zip(experts, places, pool.exchange(rows, places, count), strict=False):
+        part, found = parts[pool.rank], pool.exchange(rows, places, [part.stop for part in parts])
+        for expert, place, part_rows in zip(experts, places, found, strict=False):
             _add_weighted(stream, routing, expert, place[(place >= part.start) & (place < part.stop)], part_rows)
 
     def _route(self, stream: Tensor, gain: Tensor, router: Tensor, bias: Tensor | None) -> tuple[Routing, Tensor]:
@@ -264,6 +274,15 @@ class _FeedForward:
         self._strengths[layer.spec(*_NORM).module] = strength
         if best:
             self._gain, self._factor = trials[best]
+
+
+def _joined(parts: list[list[slice]]) -> list[slice]:
+    """The tokens of each list of neighbouring batches."""
+    found, end = [], 0
+    for batches in parts:
+        start, end = end, batches[-1].stop if batches else end
+        found.append(slice(start, end))
+    return found
 
 
 def _tokens_of(routing: Routing, expert: int) -> Tensor:

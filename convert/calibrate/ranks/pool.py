@@ -7,7 +7,7 @@ summed is summed in one order, whatever the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from ....parallel.pool import Pool
 from ....runtime.ranks.group import Group
 from .values import decoded, encoded
+
+_NOTHING: Final = torch.empty(0, dtype=torch.uint8)
+_FIRST_BYTES: Final = 1024
+_LENGTH_BYTES: Final = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,12 +47,25 @@ class RankedPool:
         """True for an item of this rank."""
         return index % self.size == self.rank
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the results in the order of `items`."""
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], readers: int | None = None
+    ) -> Iterator[Result]:
+        """Yield the results in the order of `items`.
+
+        readers: so many ranks, from rank 0 on, get the values of large tensors; the others get tensors on the device
+        "meta", which have none. None: all ranks.
+        """
         listed = list(items)
         own = self.begin(function, [item for index, item in enumerate(listed) if self.mine(index)])
         for index in range(len(listed)):
-            yield self._given(next(own) if self.mine(index) else None, index % self.size)
+            yield self._given(next(own) if self.mine(index) else None, index % self.size, readers)
+
+    def gathered(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """The results in the order of `items`, all sent at once: small ones."""
+        listed = list(items)
+        own = list(self.begin(function, [item for index, item in enumerate(listed) if self.mine(index)]))
+        found = self.of_all(own)
+        return [found[index % self.size][index // self.size] for index in range(len(listed))]
 
     def begin(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """Begin to compute items on this rank's threads; return an iterator of the results, which others do not get."""
@@ -62,7 +79,7 @@ class RankedPool:
 
     def share(self, index: int, tensor: Tensor) -> None:
         """Replace a tensor on all ranks by that of the rank of item `index`."""
-        if self.size == 1:
+        if self.size == 1 or not tensor.numel():
             return
         if tensor.is_contiguous() and tensor.device.type == "cpu":
             self._group.broadcast(tensor, index % self.size)
@@ -75,34 +92,75 @@ class RankedPool:
 
     def of_all(self, value: Result) -> list[Result]:
         """The value of each rank, in their order."""
-        return [self._given(value, rank) for rank in range(self.size)]
+        if self.size == 1:
+            return [value]
+        head, large = encoded(value)
+        lengths = self._group.all_gather_rows(torch.tensor([head.numel()]), [1] * self.size).tolist()
+        heads = self._group.all_gather_rows(head, lengths).split(lengths)
+        return [self._received(value, large, heads[rank], rank) for rank in range(self.size)]
 
-    def slices(self, count: int) -> list[slice]:
-        """The part of `count` rows that each rank sums."""
-        return [slice(count * rank // self.size, count * (rank + 1) // self.size) for rank in range(self.size)]
+    def exchange(self, rows: Tensor, places: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+        """Send each of this rank's rows to the rank that sums them; return the rows that this rank sums, by sender.
 
-    def exchange(self, rows: Tensor, places: Sequence[Tensor], count: int) -> list[Tensor]:
-        """Send each of this rank's rows to the rank that sums them; return the rows for this rank's slice, by sender.
-
-        places: of each rank int64 [n], rising, where of `count` rows its own belong.
+        places: of each rank int64 [n], rising, where its own rows belong. ends: each rank sums the places from the end
+        of the rank before it to its own.
         """
         if self.size == 1:
             return [rows]
-        ends = torch.tensor([part.stop for part in self.slices(count)])
         counts = []
         for place in places:
-            before = torch.searchsorted(place, ends).tolist()
+            before = torch.searchsorted(place, torch.tensor(ends)).tolist()
             counts.append([end - start for start, end in zip([0, *before[:-1]], before, strict=True)])
         send, receive = counts[self.rank], [sent[self.rank] for sent in counts]
         return list(self._group.all_to_all_rows(rows.contiguous(), send, receive).split(receive))
 
-    def _given(self, value: Any, rank: int) -> Any:
+    def _given(self, value: Any, rank: int, readers: int | None = None) -> Any:
         """The value of a rank, on all."""
         if self.size == 1:
             return value
-        content = encoded(value) if rank == self.rank else torch.empty(0, dtype=torch.uint8)
-        nbytes = int(self._group.broadcast(torch.tensor([content.numel()]), rank))
-        if rank != self.rank:
-            content = torch.empty(nbytes, dtype=torch.uint8)
-        self._group.broadcast(content, rank)
-        return value if rank == self.rank else decoded(content)
+        head, large = encoded(value) if rank == self.rank else (_NOTHING, [])
+        # One message is enough for most values.
+        first = torch.zeros(_FIRST_BYTES, dtype=torch.uint8)
+        first[:_LENGTH_BYTES].view(torch.int64).fill_(head.numel())
+        first[_LENGTH_BYTES:][: head.numel()] = head[: _FIRST_BYTES - _LENGTH_BYTES]
+        self._group.broadcast(first, rank)
+        length = int(first[:_LENGTH_BYTES].view(torch.int64))
+        rest = length - (_FIRST_BYTES - _LENGTH_BYTES)
+        if rest > 0:
+            more = head[-rest:] if rank == self.rank else torch.empty(rest, dtype=torch.uint8)
+            head = torch.cat([first[_LENGTH_BYTES:], self._group.broadcast(more, rank)])
+        else:
+            head = first[_LENGTH_BYTES:][:length]
+        return self._received(value, large, head, rank, readers)
+
+    def _received(
+        self, value: Any, large: Sequence[Tensor], head: Tensor, rank: int, readers: int | None = None
+    ) -> Any:
+        """The value of a rank whose `head` has come; `large`: of this rank's own `value`, to be sent."""
+        if rank == self.rank:
+            for tensor in large:
+                self._deliver(tensor, rank, readers)
+            return value
+
+        def receive(dtype: torch.dtype, shape: list[int]) -> Tensor:
+            reads = readers is None or self.rank < readers
+            return self._deliver(torch.empty(shape, dtype=dtype, device="cpu" if reads else "meta"), rank, readers)
+
+        return decoded(head, receive)
+
+    def _deliver(self, tensor: Tensor, rank: int, readers: int | None) -> Tensor:
+        """Replace a tensor by that of a rank, on the ranks that read it."""
+        if readers is None or readers >= self.size:
+            self._group.broadcast(tensor.view(-1).view(torch.uint8), rank)
+            return tensor
+        takers = [reader != rank and reader < readers for reader in range(self.size)]
+        nbytes = tensor.nbytes
+        sent = torch.empty(0, dtype=torch.uint8)
+        counts = [0] * self.size
+        if rank == self.rank:
+            flat = tensor.view(-1).view(torch.uint8)
+            sent = flat.expand(sum(takers), -1).flatten()
+            counts = [nbytes * taker for taker in takers]
+        taken = [nbytes if takers[self.rank] and sender == rank else 0 for sender in range(self.size)]
+        found = self._group.all_to_all_rows(sent, counts, taken)
+        return found.view(tensor.dtype).view(tensor.shape) if takers[self.rank] else tensor

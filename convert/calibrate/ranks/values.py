@@ -1,4 +1,5 @@
-"""Results of calibration as bytes for other ranks: JSON for their structure, and the values of tensors behind it."""
+"""Results of calibration for other ranks: bytes that have their structure as JSON with the values of small tensors
+behind it, and large tensors beside them, which are sent as they are."""
 
 from __future__ import annotations
 
@@ -28,34 +29,41 @@ _DTYPES: Final = {
     )
 }
 _LENGTH: Final = 8  # bytes of the structure's length
+_LARGE: Final = 4096  # bytes of a tensor that is worth a message of its own, which copies nothing
+
+Receive = Callable[[torch.dtype, list[int]], Tensor]
 
 
-def encoded(value: Any) -> Tensor:
-    """Bytes, uint8 [n], of a value: of tensors (on the CPU once decoded), numbers, texts, bytes, None, and tuples,
-    lists, mappings and results of them."""
+def encoded(value: Any) -> tuple[Tensor, list[Tensor]]:
+    """Bytes, uint8 [n], of a value, and its large tensors, contiguous on the CPU: of tensors (on the CPU once decoded),
+    numbers, texts, bytes, None, and tuples, lists, mappings and results of them."""
     tensors: list[Tensor] = []
     structure = json.dumps(_encode(value, tensors)).encode()
     head = torch.frombuffer(bytearray(len(structure).to_bytes(_LENGTH, "little") + structure), dtype=torch.uint8)
-    return torch.cat([head, *(tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors)])
+    small = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors if tensor.nbytes < _LARGE]
+    return torch.cat([head, *small]), [tensor.contiguous() for tensor in tensors if tensor.nbytes >= _LARGE]
 
 
-def decoded(content: Tensor) -> Any:
-    """The value of `encoded`. Raises RankError for other bytes."""
+def decoded(content: Tensor, receive: Receive) -> Any:
+    """The value of `encoded`. receive: returns the next large tensor. Raises RankError for other bytes."""
     try:
         end = _LENGTH + int.from_bytes(content[:_LENGTH].numpy().tobytes(), "little")
-        return _decode(json.loads(content[_LENGTH:end].numpy().tobytes()), _Rest(content[end:]))
+        rest = _Rest(content[end:], receive)
+        return _decode(json.loads(content[_LENGTH:end].numpy().tobytes()), rest)
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError, RecursionError) as error:
         raise RankError("another rank sent a result that this one cannot read: is it the same version?") from error
 
 
 class _Rest:
-    """The tensors' bytes, taken from the front."""
+    """The small tensors' bytes, taken from the front, and the large tensors."""
 
-    def __init__(self, content: Tensor):
-        self._content = content
+    def __init__(self, content: Tensor, receive: Receive):
+        self._content, self._receive = content, receive
 
     def take(self, dtype: torch.dtype, shape: list[int]) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes >= _LARGE:
+            return self._receive(dtype, shape)
         part, self._content = self._content[:nbytes], self._content[nbytes:]
         return part.clone().view(dtype).view(shape)  # a copy: views of other types begin at multiples of their size
 

@@ -120,12 +120,15 @@ def test_results_are_moved_unchanged():
         {3: JobResult(ErrorSums(0.1, float("inf")), b"\x00\xff")},
         [torch.tensor([1.5, float("nan")]), torch.arange(3, dtype=torch.int16), torch.zeros(0, 4, dtype=torch.int8)],
         (None, True, "x", -7),
+        torch.arange(3000, dtype=torch.int16).view(2, -1).T,
     )
-    found = decoded(encoded(value))
+    head, large = encoded(value)
+    assert [tensor.nbytes for tensor in large] == [6000]
+    found = decoded(head, lambda dtype, shape: large[0].view(dtype).view(shape))
     assert found[0] == value[0] and found[2] == value[2]
-    for left, right in zip(found[1], value[1], strict=True):
+    for left, right in zip([*found[1], found[3]], [*value[1], value[3]], strict=True):
         assert left.dtype == right.dtype and torch.equal(left.nan_to_num(9), right.nan_to_num(9))
     with pytest.raises(RankError):
-        decoded(torch.arange(40, dtype=torch.uint8))
+        decoded(torch.arange(40, dtype=torch.uint8), lambda dtype, shape: torch.empty(0))
     with pytest.raises(TypeError):
         encoded(object())

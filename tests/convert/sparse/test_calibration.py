@@ -17,6 +17,7 @@ from torch import Tensor
 import npuq
 from npuq.convert import CalibrationText, convert_checkpoint
 from npuq.convert.calibrate import walk
+from npuq.convert.calibrate.ranks.pool import RankedPool
 from npuq.convert.calibrate.states import Streams
 from npuq.convert.calibrate.texts import Calibration, read_calibration
 from npuq.formats.artifact import KV_CACHE_NAME, MANIFEST_NAME
@@ -37,9 +38,9 @@ def float_states(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     states: list[Tensor] = []
     relative = walk._relative
 
-    def record(streams: Streams) -> float:
+    def record(pool: RankedPool, streams: Streams) -> float:
         states.append(streams.floats.clone())
-        return relative(streams)
+        return relative(pool, streams)
 
     monkeypatch.setattr(walk, "_relative", record)
     return states
