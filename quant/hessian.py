@@ -45,8 +45,10 @@ class Hessian:
         self.rows = 0
 
     def add(self, x: Tensor, mapper: Mapper, mine: Callable[[int], bool] = lambda index: True) -> None:
-        """Add rows float32 [T, K]; of the sum only those of its `pieces` that are `mine`, by their indices. Without any,
-        x may be a tensor without values."""
+        """Add rows float32 [T, K]; of the sum only those of its `pieces` that are `mine`, by their indices.
+
+        Where none is, x may be a tensor without values.
+        """
         columns = [start for index, start in enumerate(self.starts(x.shape[1])) if mine(index)]
         for part in x.to(self._arithmetic.device).split(_TOKENS) if columns else ():
 

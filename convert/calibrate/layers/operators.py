@@ -187,8 +187,8 @@ def round_inputs(x: Tensor, scheme: Scheme, inputs: InputScale | None) -> Tensor
 def is_finite(tensor: Tensor) -> bool:
     """True for a tensor without infinities and NaN.
 
-    In chunks: a mask of all values at once would exceed any budget. A finite sum proves finite values, and takes a tenth
-    of the time of a look at each.
+    In chunks: a mask of all values at once would exceed any budget. A finite sum proves finite values, and takes a
+    fraction of the time of a look at each.
     """
     chunks = (tensor[part] for part in row_chunks(tensor.shape[0]))
     return all(bool(torch.isfinite(chunk.sum())) or bool(torch.isfinite(chunk).all()) for chunk in chunks)
