@@ -192,8 +192,9 @@ def remove_staged(folder: Path) -> None:
 
 
 def remove_states(output_folder: Path) -> None:
-    """Remove the files of a walk's continuation, and its folder unless it holds another file."""
+    """Remove the files of a walk's continuation, and its folder unless it holds another file. Raises OSError."""
     folder = output_folder / FOLDER
+    refuse_link(folder)
     if not folder.is_dir():
         return
     for path in (*folder.glob("*.bin"), *folder.glob("*.json")):

@@ -128,7 +128,10 @@ class CalibratedWalk:
         """
         calibration, config, arithmetic = self._calibration, self._prepared.config, self._arithmetic
         ops = CalibrationOps(arithmetic)
-        staged = self._files if self._leads else self._staging.files(self._group.rank)
+        try:
+            staged = self._files if self._leads else self._staging.files(self._group.rank)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
         tables, topk = rope_tables(config), calibration.selected(config)
         try:
             with Pool(self._budget.workers) as pool, single_threaded_torch():

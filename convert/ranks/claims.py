@@ -15,9 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from ...errors import ConversionError
+
 RUN_NAME: Final = re.compile(r"([0-9]{1,5})-of-([0-9]{1,5})-[0-9a-f]{16}\.jsonl")
 """Names of runs: rank, number of ranks, and a random part."""
-_CLAIM: Final = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
+_CLAIM: Final = re.compile(r"([0-9]{1,9})\.([0-9]{1,4})")
+_MOST: Final = 9999
+"""The largest number of a claim: each is looked up by its name, and a stranger's link must not name a billion."""
 
 
 class Claims:
@@ -48,7 +52,13 @@ class Claims:
         return number, run
 
     def take(self, shard: int, number: int, run: str) -> bool:
-        """Make a shard's claim of that number; False where another run has made it. Raises OSError."""
+        """Make a shard's claim of that number; False where another run has made it. Raises OSError, and ConversionError
+        for a number that is too large."""
+        if number > _MOST:
+            raise ConversionError(
+                f"{self.folder}: a shard was claimed {_MOST} times; where no npuq runs, remove this folder and run "
+                "the same command again"
+            )
         try:
             self._path(shard, number).symlink_to(run)
         except FileExistsError:

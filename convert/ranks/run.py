@@ -174,7 +174,8 @@ def last_claims(output: Path, shards: Sequence[int]) -> dict[int, Share]:
 def remove_runs(output: Path) -> None:
     """Remove the journals and claims of all runs, and their folder unless it holds another file. Raises OSError."""
     folder = output / RUNS_FOLDER
-    refuse_link(folder)
+    for each in (folder, output / CLAIMS_FOLDER):
+        refuse_link(each)
     if not begun_by_several(output):
         return
     for shard, claims in Claims(output / CLAIMS_FOLDER).all().items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ....errors import ConversionError
 from ....formats.digests import Digest, combined
+from ....formats.output_files import make_folder
 from ....parallel.pool import Mapper
 from ...plan.plan import Job, Plan
 from ...write.journal import JobEntry
@@ -25,9 +26,10 @@ class Staging:
 
     def files(self, rank: int) -> ShardFiles:
         """A rank's own files, to write to. Raises OSError."""
+        make_folder(self._folder)
         folder = staged_folder(self._folder, rank)
         remove_staged(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return ShardFiles(folder, self._plan)
 
     def clear(self, rank: int) -> None:

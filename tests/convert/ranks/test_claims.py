@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from plans import plan_of
 
+from npuq.convert.calibrate.ranks.staging import Staging
+from npuq.convert.calibrate.states import FOLDER, remove_states
 from npuq.convert.ranks import holder as holders
 from npuq.convert.ranks.claims import Claims
 from npuq.convert.ranks.holder import Holder
@@ -166,7 +168,13 @@ def test_what_lies_in_the_folders(tmp_path, plan):
     write_run(tmp_path, process_of(dead()))
     ranks = tmp_path / "npuq" / "ranks"
     claims = ranks / "claims"
-    for name, target in {"1.1": "../../../etc/passwd", "1.2": "/dev/stdin", "2.1": "x\x1b[2J", "2": RUN}.items():
+    for name, target in {
+        "0.999999999": RUN,
+        "1.1": "../../../etc/passwd",
+        "1.2": "/dev/stdin",
+        "2.1": "x\x1b[2J",
+        "2": RUN,
+    }.items():
         (claims / name).symlink_to(target)
     (claims / "3.4").write_text("0")
     (claims / "4.1").mkdir()
@@ -180,9 +188,29 @@ def test_what_lies_in_the_folders(tmp_path, plan):
     with begin(tmp_path) as run:
         run.take(range(len(plan.shards)), plan, Silent())
         assert run.read_earlier(plan).jobs == {0: ENTRY}
-        assert (claims / "3.5").is_symlink()
+        assert (claims / "3.5").is_symlink() and (claims / "0.2").is_symlink()
     remove_runs(tmp_path)
-    assert sorted(path.name for path in claims.iterdir()) == ["2", "4.1"]  # not ours, or nothing that we make
+    assert sorted(path.name for path in claims.iterdir()) == ["0.999999999", "2", "4.1"]  # nothing that we make
+
+
+def test_folders_that_are_links_are_left_alone(tmp_path, plan):
+    begin(tmp_path / "out").__exit__()
+    foreign, claims = tmp_path / "foreign", tmp_path / "out" / "npuq" / "ranks" / "claims"
+    (foreign / "staged-1").mkdir(parents=True)
+    kept = [foreign / "1.2", foreign / "weights.bin", foreign / "staged-1" / "model.safetensors"]
+    for path in kept:
+        path.write_text("another program's")
+    claims.rmdir()
+    claims.symlink_to(foreign)
+    (tmp_path / "out" / "npuq" / FOLDER).symlink_to(foreign)
+    for remove in (
+        lambda: remove_runs(tmp_path / "out"),
+        lambda: remove_states(tmp_path / "out" / "npuq"),
+        lambda: Staging(tmp_path / "out" / "npuq" / FOLDER, plan).files(1),
+    ):
+        with pytest.raises(OSError, match="is a link"):
+            remove()
+    assert all(path.exists() for path in kept)
 
 
 def test_a_claim_that_an_old_listing_lacks(tmp_path):
@@ -191,6 +219,8 @@ def test_a_claim_that_an_old_listing_lacks(tmp_path):
         assert claims.take(0, number, RUN)
     assert not claims.take(0, 3, RUN)
     assert claims.newest(0, {1: RUN}) == (3, RUN)
+    with pytest.raises(ConversionError, match="was claimed 9999 times"):
+        claims.take(0, 10_000, RUN)
 
 
 def test_a_run_without_a_journal_is_over(tmp_path):
