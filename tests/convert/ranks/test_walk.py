@@ -71,9 +71,12 @@ def over_ranks(size: int, source: Path, output: Path, texts: Path, **options: An
 
 @pytest.mark.parametrize(
     ("family", "method", "size"),
-    [("v3", CHAIN, 2), ("v3", "auto", 3), ("v32", "smooth+gptq", 2), ("v3", STATIC, 3), ("glm", "gptq", 4)],
+    [("v3", "auto", 3), ("v32", CHAIN, 2), ("v3", STATIC, 3), ("glm", "gptq", 4)],
 )
-def test_any_number_of_ranks_makes_the_same_bytes(family, method, size, make_checkpoint, texts, tmp_path, tree):
+def test_any_number_of_ranks_makes_the_same_bytes(
+    family, method, size, make_checkpoint, texts, tmp_path, tree, monkeypatch
+):
+    monkeypatch.setattr("npuq.convert.calibrate.context.BATCH_TOKENS", 48)  # three batches of 128 tokens
     source = make_checkpoint(family=family)
     add_tokenizer(source)
     options: dict[str, Any] = {"method": method, "max_shard_size": 60_000}
