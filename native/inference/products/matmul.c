@@ -28,6 +28,7 @@ struct product {
     const float *x_scale; /* NULL: out gets the sums of codes as they are, int32 */
     const int32_t *x_sum;
     const float *xf;
+    const uint16_t *xb; /* bf16 rows for bf16 weights, where the level multiplies them as they are; else NULL */
     void *out;
     int out_dtype;
     size_t rows_per_task, count;
@@ -111,8 +112,13 @@ static void float_task(const void *context, size_t index, int thread) {
     for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
         int64_t first = task->token + done, left = task->tokens - done;
         size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
-        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc,
-                           following_task(product, index, left));
+        const struct following following = following_task(product, index, left);
+        const size_t from = (size_t)first * k;
+        if (product->xb != NULL) {
+            kernels->dot_bf16((const uint16_t *)(const void *)w, rows, product->xb + from, tokens, k, acc, ldacc, following);
+        } else {
+            kernels->dot_float(w, weights->dtype, k, rows, product->xf + from, k, tokens, k, acc, ldacc, following);
+        }
         for (size_t t = 0; t < tokens; t++) {
             void *out = out_at(product, first + (int64_t)t, task->column);
             kernels->from_float(acc + t * ldacc, rows, out, product->out_dtype);
@@ -154,6 +160,7 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     size_t k = (size_t)weights->cols, tokens = (size_t)m, most = (size_t)active[groups - 1].tokens;
     const struct kernels *kernels = pool_kernels(pool);
     bool integer = x_dtype == NPUQ_I8;
+    bool in_bf16 = weights->dtype == NPUQ_BF16 && x_dtype == NPUQ_BF16 && kernels->dot_bf16 != NULL;
     bool spread = weights->dtype == NPUQ_I4 && most > kernels->direct_tokens;
     size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * size_of(weights->dtype);
     size_t bytes = most > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
@@ -162,7 +169,7 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     size_t step = rows_per_task(weights, row_bytes, bytes, groups, pool_threads(pool));
     size_t count = count_tasks(weights, active, groups, step);
     size_t task_bytes = aligned(count * sizeof(struct task));
-    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 ? 0 : tokens * k * 4;
+    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 || in_bf16 ? 0 : tokens * k * 4;
     size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
 
     int status = pool_scratch(pool, thread_bytes, 2 * task_bytes + token_bytes);
@@ -175,7 +182,8 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
     struct product product = {
         .pool = pool, .kernels = kernels, .weights = weights, .tasks = groups > 1 ? tasks : sorted, .x8 = x,
-        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out,
+        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared,
+        .xb = in_bf16 ? x : NULL, .out = out,
         .out_dtype = out_dtype, .rows_per_task = step, .count = count,
     };
     pool_run(pool, integer ? integer_task : float_task, &product, count);
