@@ -64,6 +64,8 @@ int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_t
     };
     pool_begin(pool);
     int status = pool_scratch(pool, (batch.a + batch.b + 3) * TOKEN_CHUNK * sizeof(float), 0);
+    const size_t head_bytes = batch.head_stride * size_of(weight_dtype);
+    pool_note(pool, weight, (struct weights_read){weight, head_bytes, batch.heads * head_bytes});
     if (status == NPUQ_OK) pool_run(pool, batch_task, &batch, batch.heads);
     pool_end(pool);
     return status;

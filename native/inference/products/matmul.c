@@ -154,6 +154,14 @@ static void prepare_task(const void *context, size_t index, int thread) {
 
 static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Tells the pool what the first tasks read: rows of one part, one task behind the other. */
+static void note_weights(npuq_pool *pool, const npuq_weights *weights, const struct task *first) {
+    const npuq_part *part = &weights->part[first->group * weights->parts + first->part];
+    const size_t packed = weights->dtype == NPUQ_I4 ? 2 : 1, row = (size_t)weights->cols * size_of(weights->dtype);
+    const size_t step = (size_t)first->rows / packed * row, bytes = (size_t)part->rows / packed * row;
+    pool_note(pool, weights->part, (struct weights_read){part->weight, step, bytes});
+}
+
 /* npuq_matmul of the groups that have tokens, at least one. */
 static int run_product(npuq_pool *pool, const npuq_weights *weights, const void *x, int x_dtype, const float *x_scale,
                        const struct active *active, size_t groups, int64_t m, void *out, int out_dtype) {
@@ -186,6 +194,7 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
         .xb = in_bf16 ? x : NULL, .out = out,
         .out_dtype = out_dtype, .rows_per_task = step, .count = count,
     };
+    note_weights(pool, weights, product.tasks);
     pool_run(pool, integer ? integer_task : float_task, &product, count);
     return NPUQ_OK;
 }
