@@ -99,6 +99,7 @@ def test_both_spellings_of_a_config_are_one() -> None:
         ({"o_groups": 3}, "cannot be divided"),
         ({"qk_rope_head_dim": 64}, "cannot hold"),
         ({"layer_types": ["sliding_attention"] * 4}, "disagree"),
+        ({"layer_types": ["sliding_attention"] * 4, "compress_ratios": 4}, "compress_ratios must be a list"),
         ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}, "hash_moe layers first"),
         ({"rope_scaling": {**CONFIG["rope_scaling"], "attention_factor": 2.0}}, "attention_factor"),
         ({"num_hash_layers": 5}, "num_hash_layers"),
