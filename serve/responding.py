@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 from ..errors import GenerationError
 from ..inputs.printable import error_line
 from ..runtime import Completion, Piece
-from .access import Record, record_of
-from .documents import DONE, PING, events, json_response
 from .engine_thread import Generation
-from .errors import ApiError, EndedError, failure
+from .http.access import Record, record_of
+from .http.documents import DONE, PING, events, json_response
+from .http.errors import ApiError, EndedError, failure
 from .limits import PING_SECONDS
 from .reply import Asked, Usage
 from .service import Service

@@ -9,7 +9,7 @@ import pytest
 from serving import Running, running, wait_for
 
 from npuq.runtime import LanguageModel, SamplingParams
-from npuq.serve.access import Access, loopback_hosts
+from npuq.serve.http.access import Access, loopback_hosts
 from npuq.serve.service import Service
 
 PAGE = "https://page.example"

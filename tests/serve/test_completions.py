@@ -16,7 +16,7 @@ from serving import Running, running
 from npuq.runtime import LanguageModel, SamplingParams, evaluate
 from npuq.runtime.sampling.sampler import Sampler
 from npuq.serve import responding
-from npuq.serve.completions import CompletionReply
+from npuq.serve.completions.documents import CompletionReply
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
 
@@ -194,7 +194,7 @@ def test_a_salt_hides_what_the_cache_holds(client: openai.OpenAI, model: Languag
         return usage.prompt_tokens_details.cached_tokens or 0
 
     assert [cached(client, salt) > 0 for salt in ("a", None, "b", "", "a", "b", None, "")] == [False] * 4 + [True] * 4
-    from npuq.serve.access import Access
+    from npuq.serve.http.access import Access
 
     with running(Service(model, ["tiny"], SamplingParams(), access=Access.of(["key-1", "key-2"]))) as keyed:
         one, two = keyed.client(api_key="key-1"), keyed.client(api_key="key-2")

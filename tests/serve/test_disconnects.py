@@ -95,7 +95,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     server: Running, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its socket is full: what it asked for goes on, joined, until it is too long; others go on."""
-    import npuq.serve.protocol as protocol
+    import npuq.serve.http.protocol as protocol
     import npuq.serve.responding as responding
 
     monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
@@ -112,7 +112,7 @@ def test_a_document_that_nobody_reads_is_given_up(
     server: Running, monkeypatch: pytest.MonkeyPatch, header: str
 ) -> None:
     """With its connection: the client could hold any number of answers in memory."""
-    import npuq.serve.protocol as protocol
+    import npuq.serve.http.protocol as protocol
     import npuq.serve.status as status
 
     monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)

@@ -14,8 +14,8 @@ import openai
 import pytest
 from serving import SECONDS, Brake, Running, running, wait_for
 
-import npuq.serve.bodies
-import npuq.serve.protocol
+import npuq.serve.http.bodies
+import npuq.serve.http.protocol
 from npuq.runtime import LanguageModel, SamplingParams
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
@@ -179,7 +179,7 @@ def test_headers_that_are_too_long_are_refused(server: Running) -> None:
 
 
 def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npuq.serve.bodies, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(npuq.serve.http.bodies, "BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
         assert b" 408 " in connection.recv(1000)
@@ -188,7 +188,7 @@ def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
 
 def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a first request, also where a byte of it comes now and then, and of one behind another."""
-    monkeypatch.setattr(npuq.serve.protocol, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(npuq.serve.http.protocol, "HEAD_SECONDS", 0.3)
     for words in (b"", b"G"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
             connection.sendall(words)
@@ -204,7 +204,7 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
 
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(server.server.server_state.connections) + 2
-    monkeypatch.setattr(npuq.serve.protocol, "most_connections", lambda: count)
+    monkeypatch.setattr(npuq.serve.http.protocol, "most_connections", lambda: count)
     opened = [socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) for _ in range(3)]
     with suppress(ConnectionResetError):
         assert opened[2].recv(1) == b""

@@ -9,7 +9,7 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .limits import SEND_SECONDS
+from ..limits import SEND_SECONDS
 
 HEAD_SECONDS: Final = 30.0
 """A request's head has to arrive within this time, from the connection's first byte or the last answer's end."""
