@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ...runtime import Completion, Piece
+from ...runtime import Completion, Piece, TokenLogprobs
 from ..logprobs import CompletionLogprobs, TokenLists
 from ..reply import Usage
 from ..service import Service
@@ -50,9 +50,15 @@ class CompletionReply:
         self._lists = [TokenLists(self._tokenizer) for _ in range(n * len(prompts))] if self._with_logprobs else []
 
     def opening(self) -> Sequence[Any]:
-        if not self._echo:
+        if not self._echo or self._with_logprobs:  # those come with the prompt's steps
             return ()
         return [self._document([CompletionChoice(index, self._prompt(index).text)]) for index in self._indices]
+
+    def prompt_chunk(self, index: int, logprobs: Sequence[TokenLogprobs]) -> Any:
+        """The chunk of a completion's prompt, before its first piece."""
+        prompt = self._prompt(index)
+        lists = self._lists[index].prompt(prompt.tokens, logprobs)
+        return self._document([CompletionChoice(index, prompt.text, lists)])
 
     def chunks(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         return [self._document([self._next(piece)]) for piece in pieces]

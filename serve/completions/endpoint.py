@@ -31,8 +31,6 @@ def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
         raise bad_request("suffix is not supported: the model continues texts only", "suffix")
     if given.best_of not in (None, given.n or 1):
         raise bad_request("best_of is not supported beside n", "best_of")
-    if given.stream and given.echo and given.logprobs is not None:
-        raise bad_request("a stream has no logprobs of its prompt: leave out stream, echo or logprobs", "stream")
     params = sampling_params(
         given,
         service.params,
@@ -44,9 +42,11 @@ def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
     texts = prompts_of(given.prompt)
     service.check_count(len(texts), params.n)
     prompts = [prompt_of(service, text, bool(given.echo)) for text in texts]
+    reply = CompletionReply(service, given, prompts, params.n)
     return Asked(
         Request([prompt.tokens for prompt in prompts], params, salt=service.salt(key, given.cache_salt)),
-        CompletionReply(service, given, prompts, params.n),
+        reply,
         stream=bool(given.stream),
         include_usage=given.stream_options is not None and bool(given.stream_options.include_usage),
+        prompt_chunk=None if params.prompt_logprobs is None else reply.prompt_chunk,
     )

@@ -125,6 +125,22 @@ def test_a_document_that_nobody_reads_is_given_up(
         wait_for(lambda: not connections)
 
 
+def test_a_reset_of_an_idle_connection_leaves_no_timer(server: Running) -> None:
+    """uvicorn's for idle connections would hold the connection's memory for a minute."""
+    connections = server.server.server_state.connections
+    wait_for(lambda: not connections)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        (protocol,) = connections
+        wait_for(lambda: protocol.timeout_keep_alive_task is not None)
+        timers = [protocol.timeout_keep_alive_task, protocol._taking]
+        close_hard(connection)
+        wait_for(lambda: not connections)
+    wait_for(lambda: all(timer.cancelled() for timer in timers))
+    assert protocol.timeout_keep_alive_task is None
+
+
 def test_hard_closes_leave_the_server_as_it_was(client: openai.OpenAI, server: Running, model: LanguageModel) -> None:
     """Fifty of them, with prompts whose blocks the next answer reuses."""
     expected = model.generate(LONG, max_new_tokens=20, temperature=0).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import socket
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import SECONDS, Brake, Running, running, wait_for
+from serving import SECONDS, Brake, Running, read, running, wait_for
 
 import npuq.serve.http.bodies
 import npuq.serve.http.protocol
@@ -72,7 +73,6 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": 1}}, "stream_options"),
-    ({"stream": True, "echo": True, "logprobs": 1}, "stream"),
     ({"prompt": []}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": {"text": "x"}}, "prompt"),
@@ -200,6 +200,46 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
             answer += connection.recv(1000)
         connection.sendall(b"GET ")
         assert connection.recv(100) == b""
+
+
+@pytest.mark.parametrize("most", ["time", "bytes"])
+def test_a_body_behind_its_answer_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch, most: str) -> None:
+    """However it drips: the answer did not need it. One that ends in time leaves the connection as it was."""
+    monkeypatch.setattr(npuq.serve.http.protocol, "REST_SECONDS", 0.3 if most == "time" else SECONDS)
+    monkeypatch.setattr(npuq.serve.http.protocol, "REST_BYTES", 1000)
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        for _ in range(2):
+            connection.sendall(head % 900)
+            assert b" 404 " in connection.recv(1000)
+            connection.sendall(b"x" * 900)
+        connection.sendall(head % 10**9)
+        assert b" 404 " in connection.recv(1000)
+        until = time.monotonic() + SECONDS
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while time.monotonic() < until:
+                connection.sendall(b"x" if most == "time" else b"x" * 100)
+                time.sleep(0.01)
+
+
+def test_what_is_no_http_is_refused(server: Running) -> None:
+    """In a document, where no answer has begun; else the connection is closed, without an error in the log."""
+    errors = logging.handlers.BufferingHandler(100)
+    logging.getLogger("asyncio").addHandler(errors)
+    for words in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/9\r\nHost: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+            connection.sendall(words)
+            head, _, body = read(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400")
+            assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b" 404 " in connection.recv(1000)
+        connection.sendall(b"no chunk\r\n")
+        with suppress(ConnectionResetError):
+            assert b"HTTP" not in read(connection)
+    logging.getLogger("asyncio").removeHandler(errors)
+    assert errors.buffer == []
 
 
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
