@@ -13,11 +13,12 @@ from packed_v4 import RELEASE, write, write_release, write_values
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
+from npuq.engines.placement import ENGINES, loading_notes
 from npuq.errors import CheckpointError, RecipeError
 from npuq.formats.artifact import DESCRIPTION_NAME
 from npuq.models.config import ModelConfig
-from npuq.report.facts import read_facts
-from npuq.verification import verify
+from npuq.report import read_facts, write_report
+from npuq.verification import inspect, verify
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -77,6 +78,26 @@ def test_it_verifies_with_and_without_its_source(release: Path) -> None:
     for source in (None, release / "packed", release / "values"):
         verdict = verify(release / "packed-w4a8", source=source)
         assert verdict.problems == ()
+
+
+def test_it_is_inspected_and_reported_on(release: Path, tmp_path: Path) -> None:
+    """From a checkpoint in FP4, whose bytes hold two weights each, and from its artifact."""
+    source, made = release / "packed", release / "packed-w4a8"
+    before, after = ({line.role: line for line in inspect(path).lines} for path in (source, made))
+    assert before["routed_expert"].tensors == after["routed_expert"].tensors == 4 * 8 * 3
+    assert before["routed_expert"].parameters == after["routed_expert"].parameters == 4 * 8 * 3 * 64 * 64
+    assert {"router_table", "hyper_connection", "attention_sink", "compressor", "mtp_projection"} <= after.keys()
+    write_report(read_facts(made), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "weight error from FP4 to int4" in page and "layers.1.ffn.experts" in page
+
+
+def test_the_card_has_the_variable_that_sglang_needs(release: Path) -> None:
+    card = (release / "packed-w4a8" / "README.md").read_text()
+    assert "SGLANG_OPT_FUSE_WQA_WKV=0 python -m sglang.launch_server" in card
+    notes = {engine: [*loading_notes(engine, ModelConfig.from_dict(RELEASE), {})] for engine in ENGINES}
+    assert [line for line in notes["sglang"] if "SGLANG_OPT_FUSE_WQA_WKV=0" in line and line.startswith("sglang 0.5.")]
+    assert "SGLANG" not in str(notes["vllm-ascend"])
 
 
 def test_both_spellings_of_a_config_are_one() -> None:
