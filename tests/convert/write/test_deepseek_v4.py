@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from deepseek_v4 import CONFIG, golden_model
 from packed_v4 import RELEASE, write, write_release, write_values
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
+from npuq.engines.loader_config import loader_config
 from npuq.engines.placement import ENGINES, loading_notes
 from npuq.errors import CheckpointError, RecipeError
 from npuq.formats.artifact import DESCRIPTION_NAME
@@ -105,6 +107,23 @@ def test_both_spellings_of_a_config_are_one() -> None:
     assert {"layer_types", "mlp_layer_types", "compress_rates"} <= theirs.keys() and "compress_ratios" not in theirs
     ours = ModelConfig.from_dict({**CONFIG, "dtype": "float32"})
     assert ModelConfig.from_dict({**theirs, "model_type": "deepseek_v4", "dtype": "float32"}) == ours
+
+
+def test_an_artifact_has_the_spelling_that_all_loaders_read() -> None:
+    """vLLM's and SGLang's classes stop at transformers' keys; transformers reads DeepSeek's into its own."""
+    published = {**CONFIG, "compress_ratios": [0, 4, 128, 4], "expert_dtype": "fp4"}
+    theirs = json.loads(golden_model(published).config.to_json_string(use_diff=False))
+    source = {**theirs, "model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"]}
+    written = loader_config(source, ModelConfig.from_dict(source), ())
+    assert written["compress_ratios"] == [0, 4, 128, 4] and written["num_hash_layers"] == 2
+    assert written["rope_scaling"].items() >= CONFIG["rope_scaling"].items()
+    assert written.keys().isdisjoint({"layer_types", "mlp_layer_types", "rope_parameters"})
+    assert ModelConfig.from_dict(written) == ModelConfig.from_dict(source)
+    read = transformers.DeepseekV4Config(**written).to_dict()
+    for key in ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters"):
+        assert read[key] == theirs[key], key
+    # As it is published, it stays.
+    assert loader_config(published, ModelConfig.from_dict(published), ()) == published
 
 
 @pytest.mark.parametrize(
