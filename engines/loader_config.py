@@ -18,6 +18,9 @@ def loader_config(raw: Mapping[str, Any], config: ModelConfig, mtp_layers: Seque
     `mtp_layers` are those of the artifact. Equal to `raw` where every loader already reads its keys rightly, as those
     of the released models.
     """
+    authors = config.family.deepseek_keys(text_config(raw))
+    if text_config(raw).keys() - authors.keys():  # transformers' spelling: engines read the authors' alone
+        raw = authors
     top = dict(raw)
     if not raw.get("architectures"):
         top["architectures"] = [config.family.architecture]

@@ -295,6 +295,18 @@ def clamp_notes(engine: str, config: ModelConfig) -> Iterator[tuple[tuple[str, .
         )
 
 
+# Environment variables without which SGLang does not load an artifact, by architecture. By default it fuses wq_a and
+# wkv of DeepSeek-V4 into one linear, which no description names: it becomes bfloat16, and int8 codes do not fit.
+SGLANG_VARIABLES: Final[Mapping[str, str]] = {"DeepseekV4ForCausalLM": "SGLANG_OPT_FUSE_WQA_WKV=0"}
+
+
+def variable_notes(engine: str, config: ModelConfig) -> Iterator[str]:
+    """A line where `engine` needs an environment variable to load an artifact of the model."""
+    needed = SGLANG_VARIABLES.get(config.family.architecture) if engine == "sglang" else None
+    if needed:
+        yield f"start it with {needed} in its environment: otherwise loading ends in an AssertionError about a dtype"
+
+
 def key_problems(
     engine: str, raw: Mapping[str, Any], schemes: Mapping[str, Scheme], keys: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -28,6 +28,7 @@ from .parameters import (
     key_problems,
     parameter_problems,
     refused_names,
+    variable_notes,
 )
 from .requirements import sparse_layers
 
@@ -232,9 +233,9 @@ def engine_notes(
 
 
 def loading_notes(engine: str, config: ModelConfig, schemes: Mapping[str, Scheme]) -> Iterator[str]:
-    """A line for each part that `engine` cannot load of an artifact that it runs, and for each of its releases that
-    cannot load the artifact while another does."""
-    for note in draft_notes(engine, config, schemes):
+    """A line for each part that `engine` cannot load of an artifact that it runs, for what it needs to load the
+    artifact, and for each of its releases that cannot load it while another does."""
+    for note in (*draft_notes(engine, config, schemes), *variable_notes(engine, config)):
         yield f"{tested_releases(engine)}: {note}"
     notes = (
         *indexer_notes(engine, config, schemes),

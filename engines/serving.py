@@ -8,6 +8,7 @@ from typing import Final
 from ..formats.artifact import CARD_PATH
 from ..formats.schemes import Scheme
 from ..models.config import ModelConfig
+from .parameters import SGLANG_VARIABLES
 from .placement import ENGINES, placement_problems
 
 DEVICE_BYTES: Final = 64_000_000_000
@@ -32,8 +33,11 @@ def serving_ranks(config: ModelConfig, schemes: Mapping[str, Scheme], nbytes: in
     return None
 
 
-def serving_section(ranks: int | None, nbytes: int, *, mtp: bool) -> str:
-    """Markdown: the commands for this many ranks, or the reason for none; `mtp` where MTP layers can draft."""
+def serving_section(ranks: int | None, nbytes: int, *, mtp: bool, architecture: str = "") -> str:
+    """Markdown: the commands for this many ranks, or the reason for none; `mtp` where MTP layers can draft.
+
+    `architecture` is the class that engines build (`Family.architecture`).
+    """
     if ranks is None:
         return (
             "### vLLM-Ascend, SGLang\n\n"
@@ -43,6 +47,8 @@ def serving_section(ranks: int | None, nbytes: int, *, mtp: bool) -> str:
     whole = ranks > 1
     vllm = f"vllm serve {CARD_PATH} --quantization ascend --trust-remote-code"
     sglang = f"python -m sglang.launch_server --model-path {CARD_PATH} --device npu --trust-remote-code"
+    if architecture in SGLANG_VARIABLES:
+        sglang = f"{SGLANG_VARIABLES[architecture]} {sglang}"
     if whole:
         vllm += f" \\\n  --tensor-parallel-size {ranks} --enable-expert-parallel"
         sglang += f" \\\n  --tp-size {ranks} --ep-size {ranks}"

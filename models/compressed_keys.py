@@ -19,12 +19,16 @@ from .rope_config import Ropes, read_rope
 _WINDOW, _SELECTED, _ALL = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 _HASHED, _SCORED = "hash_moe", "moe"
 _RATES: Final = {_SELECTED: SELECTING_RATIO, _ALL: 128}
+# transformers' keys that have another in DeepSeek's. vLLM's and SGLang's configuration classes stop at them.
+_TRANSFORMERS: Final = ("layer_types", "compress_rates", "mlp_layer_types", "rope_parameters", "partial_rotary_factor")
 _COMPRESS_THETA: Final = 160000.0
 
 
 def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config under DeepSeek's keys. CheckpointError where both spellings are there and disagree, and for a value
-    that has no name in DeepSeek's."""
+    """The config under DeepSeek's keys alone, which all loaders read.
+
+    Raises CheckpointError where both spellings are there and disagree, and for a value that has no name in DeepSeek's.
+    """
     read = ConfigReader(config)
     result = dict(config)
     layers = read.size("num_hidden_layers", most=MAX_LAYERS)
@@ -47,7 +51,7 @@ def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         if stated is None:
             result[key] = value
-    for key in ("rope_parameters", "partial_rotary_factor"):
+    for key in _TRANSFORMERS:
         result.pop(key, None)
     return result
 

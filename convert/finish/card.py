@@ -56,13 +56,14 @@ def model_card(
     mtp_layers: Sequence[int],
     source_front_matter: Mapping[str, object],
     ranks: int | None,
+    architecture: str,
     base_model: str | None = None,
     calibration: Calibration | None = None,
 ) -> str:
     """README.md of an artifact, front matter included. Depends on its arguments alone: no dates, hosts or paths.
 
-    `ranks` is the number of ranks in the serve commands (`serving_ranks`); `base_model` is the source's name on the
-    hub, where it is not the repository of `origin`.
+    `ranks` is the number of ranks in the serve commands (`serving_ranks`), `architecture` the class that engines build;
+    `base_model` is the source's name on the hub, where it is not the repository of `origin`.
     """
     front = {key: source_front_matter[key] for key in _INHERITED if key in source_front_matter}
     quantized = any(total.scheme != "FLOAT" for total in totals)
@@ -80,7 +81,9 @@ def model_card(
         _error_table(totals),
         "## Loading\n",
         _LOAD_NPUQ,
-        serving_section(ranks, sum(total.output_bytes for total in totals), mtp=bool(mtp_layers))
+        serving_section(
+            ranks, sum(total.output_bytes for total in totals), mtp=bool(mtp_layers), architecture=architecture
+        )
         if recipe.target is Target.ENGINES
         else _NPUQ_ONLY,
     ]

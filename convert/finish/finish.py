@@ -135,6 +135,7 @@ def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple
         prepared.inventory.mtp_layers,
         front_matter,
         ranks,
+        prepared.config.family.architecture,
         prepared.base_model,
         prepared.calibration,
     )

@@ -10,7 +10,7 @@ shims.install("vllm-ascend")
 from engine_rig import vllm_ascend_engine as engine  # noqa: E402
 from engine_rig.common_checks import CommonChecks  # noqa: E402
 from engine_rig.conformance import compare, load, quantized_linears  # noqa: E402
-from engine_rig.models import CONFIGS, STATIC, WITH_MTP, placements  # noqa: E402
+from engine_rig.models import CONFIGS, STATIC, V4_SAVED, WITH_MTP, placements  # noqa: E402
 
 LOADABLE = [name for name in CONFIGS if name not in engine.release.UNLOADABLE]
 
@@ -19,7 +19,7 @@ class TestAsTheOtherEngine(CommonChecks):
     name, detected, engine = "vllm-ascend", "ascend", engine
 
 
-@pytest.mark.parametrize(("name", "tp"), placements(*LOADABLE, STATIC))
+@pytest.mark.parametrize(("name", "tp"), [*placements(*LOADABLE, STATIC), (V4_SAVED, 1)])
 def test_tensor_parallel(artifact, name, tp):
     assert compare(load(engine, artifact(name), tp)) == quantized_linears(artifact(name))
 

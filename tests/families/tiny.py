@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from calibrated import add_tokenizer
 from kimi_k25 import write_k2_thinking, write_k25
+from packed_v4 import write_random_release
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -202,6 +203,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # Stored in int4, by builders of their own.
 PACKED = {"kimi-k2-thinking": write_k2_thinking, "kimi-k2.5": write_k25}
+# Packed in FP8 and FP4 as it is released, and not calibrated.
+V4 = "deepseek-v4"
 
 # Of a model_type other than DeepSeek-V3's.
 _CLASSES = {
@@ -227,8 +230,11 @@ def make_source(directory: Path, family: str) -> Any:
     """Save a checkpoint as its publisher does: in bfloat16, with MTP layers and a tokenizer.
 
     Some channels of the norms' gains are large, as they are in trained models. Returns the transformers model that
-    holds the same weights, in float32. MTP layers are random: transformers has none.
+    holds the same weights, in float32; none for DeepSeek-V4. MTP layers are random: transformers has none.
     """
+    if family == V4:
+        write_random_release(directory)
+        return None
     if family in PACKED:
         model = PACKED[family](directory, torch.bfloat16, outliers=True)
         add_tokenizer(directory, VOCABULARY)

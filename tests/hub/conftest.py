@@ -22,7 +22,8 @@ from loopback_modelscope import WRITER as SCOPE_WRITER
 from loopback_modelscope import LoopbackModelScope
 from loopback_state import WRITER, State
 from loopback_xet import XetStore
-from support import REPO, files_of, use_cache
+from packed_v4 import write_random_release
+from support import DEEPSEEK_V4, EXAMPLE, REPO, files_of, use_cache
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +54,16 @@ def hub(server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def made_artifact(example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint as W4A8, in shards of 2 MB. Do not change it: `artifact` is a copy."""
-    path = tmp_path_factory.mktemp("made") / "artifact"
-    npuq.convert_checkpoint(example_fp8, path, method="minmax", max_shard_size=2_000_000)
-    return path
+def made_artifact(request: pytest.FixtureRequest, example_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint, or the one that a test asks for, as W4A8, in shards of 2 MB at most. Do not change it:
+    `artifact` is a copy."""
+    folder = tmp_path_factory.mktemp("made")
+    source, largest = example_fp8, 2_000_000
+    if getattr(request, "param", EXAMPLE) == DEEPSEEK_V4:
+        source, largest = folder / "source", 400_000
+        write_random_release(source)
+    npuq.convert_checkpoint(source, folder / "artifact", method="minmax", max_shard_size=largest)
+    return folder / "artifact"
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from loopback import LoopbackHub
 from loopback_state import User
 from support import (
     CARD,
+    DEEPSEEK_V4,
+    EXAMPLE,
     MANIFEST,
     REPO,
     alter,
@@ -35,6 +37,7 @@ from npuq.hub.transfer.retry import Backoff
 UNFINISHED = "npuq/unfinished.json"
 
 
+@pytest.mark.parametrize("made_artifact", [EXAMPLE, DEEPSEEK_V4], indirect=True, scope="session")
 def test_push_then_pull_gives_the_same_files(hub: LoopbackHub, artifact: Path) -> None:
     summary = npuq.push(artifact, REPO)
     assert_pushed(hub, artifact)

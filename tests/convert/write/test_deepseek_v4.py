@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from deepseek_v4 import CONFIG, golden_model
 from packed_v4 import RELEASE, write, write_release, write_values
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
+from npuq.engines.loader_config import loader_config
+from npuq.engines.placement import ENGINES, loading_notes
 from npuq.errors import CheckpointError, RecipeError
 from npuq.formats.artifact import DESCRIPTION_NAME
 from npuq.models.config import ModelConfig
-from npuq.report.facts import read_facts
-from npuq.verification import verify
+from npuq.report import read_facts, write_report
+from npuq.verification import inspect, verify
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -80,11 +83,48 @@ def test_it_verifies_with_and_without_its_source(release: Path) -> None:
         assert verdict.problems == ()
 
 
+def test_it_is_inspected_and_reported_on(release: Path, tmp_path: Path) -> None:
+    """From a checkpoint in FP4, whose bytes hold two weights each, and from its artifact."""
+    source, made = release / "packed", release / "packed-w4a8"
+    before, after = ({line.role: line for line in inspect(path).lines} for path in (source, made))
+    assert before["routed_expert"].tensors == after["routed_expert"].tensors == 4 * 8 * 3
+    assert before["routed_expert"].parameters == after["routed_expert"].parameters == 4 * 8 * 3 * 64 * 64
+    assert {"router_table", "hyper_connection", "attention_sink", "compressor", "mtp_projection"} <= after.keys()
+    write_report(read_facts(made), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "weight error from FP4 to int4" in page and "layers.1.ffn.experts" in page
+
+
+def test_the_card_has_the_variable_that_sglang_needs(release: Path) -> None:
+    card = (release / "packed-w4a8" / "README.md").read_text()
+    assert "SGLANG_OPT_FUSE_WQA_WKV=0 python -m sglang.launch_server" in card
+    notes = {engine: [*loading_notes(engine, ModelConfig.from_dict(RELEASE), {})] for engine in ENGINES}
+    assert [line for line in notes["sglang"] if "SGLANG_OPT_FUSE_WQA_WKV=0" in line and line.startswith("sglang 0.5.")]
+    assert "SGLANG" not in str(notes["vllm-ascend"])
+
+
 def test_both_spellings_of_a_config_are_one() -> None:
     theirs = json.loads(golden_model(CONFIG).config.to_json_string(use_diff=False))
     assert {"layer_types", "mlp_layer_types", "compress_rates"} <= theirs.keys() and "compress_ratios" not in theirs
     ours = ModelConfig.from_dict({**CONFIG, "dtype": "float32"})
     assert ModelConfig.from_dict({**theirs, "model_type": "deepseek_v4", "dtype": "float32"}) == ours
+
+
+def test_an_artifact_has_the_spelling_that_all_loaders_read() -> None:
+    """vLLM's and SGLang's classes stop at transformers' keys; transformers reads DeepSeek's into its own."""
+    published = {**CONFIG, "compress_ratios": [0, 4, 128, 4], "expert_dtype": "fp4"}
+    theirs = json.loads(golden_model(published).config.to_json_string(use_diff=False))
+    source = {**theirs, "model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"]}
+    written = loader_config(source, ModelConfig.from_dict(source), ())
+    assert written["compress_ratios"] == [0, 4, 128, 4] and written["num_hash_layers"] == 2
+    assert written["rope_scaling"].items() >= CONFIG["rope_scaling"].items()
+    assert written.keys().isdisjoint({"layer_types", "mlp_layer_types", "rope_parameters"})
+    assert ModelConfig.from_dict(written) == ModelConfig.from_dict(source)
+    read = transformers.DeepseekV4Config(**written).to_dict()
+    for key in ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters"):
+        assert read[key] == theirs[key], key
+    # As it is published, it stays.
+    assert loader_config(published, ModelConfig.from_dict(published), ()) == published
 
 
 @pytest.mark.parametrize(

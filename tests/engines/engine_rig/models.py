@@ -132,9 +132,27 @@ CONFIGS[V4] = RELEASE | {
     "index_head_dim": 128,
     "vocab_size": 512,
 }
+# The same with the config.json that transformers saves.
+V4_SAVED = "deepseek-v4-saved"
+_RELEASED_KEYS = ("compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_theta", "rope_scaling")
+_SAVED = {key: value for key, value in CONFIGS[V4].items() if key not in (*_RELEASED_KEYS, "compress_rope_theta")} | {
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {
+        "main": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "compress": {
+            **CONFIGS[V4]["rope_scaling"],
+            "rope_type": "yarn",
+            "rope_theta": CONFIGS[V4]["compress_rope_theta"],
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
 # Every artifact, and those that have an MTP layer.
 STATIC = "v3-static"
-ARTIFACTS = ("example", *CONFIGS, STATIC, "qwen3-dense")
+ARTIFACTS = ("example", *CONFIGS, STATIC, "qwen3-dense", V4_SAVED)
 WITH_MTP = ("example", *(name for name, config in CONFIGS.items() if config["num_nextn_predict_layers"]))
 # Published with a vision tower, a nested config and experts in int4; of the tower's heads 16 ranks get one each.
 _VISION = {"kimi-k2.5": {"hidden_size": 128, "num_attention_heads": 16, "intermediate_size": 64}}
@@ -185,8 +203,8 @@ def _make_static(tensors: dict[str, torch.Tensor], tags: dict[str, str]) -> None
 
 
 def _write_source(name: str, directory: Path) -> Path:
-    if name == V4:
-        write_random_release(directory, CONFIGS[V4])
+    if name in (V4, V4_SAVED):
+        write_random_release(directory, CONFIGS[V4] if name == V4 else _SAVED)
         return directory
     if name in TABLES:
         return write_random(directory, TABLES[name])

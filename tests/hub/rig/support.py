@@ -19,6 +19,8 @@ from huggingface_hub import constants
 from loopback import LoopbackHub
 
 REPO = "alice/tiny-w4a8"
+# Artifacts to push: of the shipped checkpoint, and of a release in FP4 with tables and an MTP layer.
+EXAMPLE, DEEPSEEK_V4 = "example", "deepseek-v4"
 MANIFEST = "npuq/manifest.json"
 CARD = "README.md"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kimi_k25 import as_k25
 from loopback import LoopbackHub
+from packed_v4 import write_random_release
 from safetensors.torch import load_file, save_file
 from streaming import OPTIONS, SOURCE, WINDOW, remote, without_manifest
 from support import MANIFEST, as_modelslim, contents, files_of, npuq_run
@@ -115,8 +116,13 @@ def test_a_repository_that_modelslim_quantized(hub: LoopbackHub, example_fp8: Pa
     assert npuq.verify(tmp_path / "out").ok
 
 
-def test_int4_experts_of_three_tensors_each(hub: LoopbackHub, example_fp8: Path, tmp_path: Path) -> None:
-    directory = as_k25(example_fp8, tmp_path / "source")
+@pytest.mark.parametrize("form", ["int4 experts of three tensors", "FP4 experts and tables"])
+def test_a_packed_release(hub: LoopbackHub, example_fp8: Path, tmp_path: Path, form: str) -> None:
+    directory = tmp_path / "source"
+    if form.startswith("int4"):
+        as_k25(example_fp8, directory)
+    else:
+        write_random_release(directory)
     hub.state.put(SOURCE, files_of(directory))
     convert_checkpoint(directory, tmp_path / "local", **OPTIONS)  # type: ignore[arg-type]
     with remote(tmp_path / "out") as checkpoint:
