@@ -107,6 +107,12 @@ class ModelConfig:
         return torch_dtype(self.dtype_code)
 
     @property
+    def rope_pairs(self) -> int:
+        """Columns of the rotary tables, one a pair of channels; 0 where layers differ in their rotation, and compute
+        it."""
+        return self.rope.dim // 2 if self.compressed_rope is None else 0
+
+    @property
     def family(self) -> Family:
         """The table of its tensors."""
         return family_of(self.model_type)

@@ -70,6 +70,7 @@ def test_dtypes_and_tables_stay(release: Path) -> None:
     for name in ("layers.2.ffn.gate.bias", "layers.0.ffn.gate.tid2eid", "embed.weight"):
         assert made[name].dtype is source[name].dtype and torch.equal(made[name], source[name])
     assert made["layers.1.attn.wo_a.weight"].dtype is torch.bfloat16
+    assert not (release / "packed-w4a8/npuq/rope.safetensors").exists()  # 268 MB of Flash that nothing would read
     config = json.loads((release / "packed-w4a8" / "config.json").read_text())
     assert "expert_dtype" not in config and "quantization_config" not in config
 
