@@ -22,9 +22,9 @@ _CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class RopeTables:
-    """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale applied; without columns
-    where layers differ in their rotation.
+    """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale applied.
 
+    Without columns where layers differ in their rotation.
     softmax_scale: the factor of attention scores, YaRN's part included; the tables do not contain it.
     """
 
