@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import FLOAT_CODES, torch_dtype, torch_name
 from ..errors import CheckpointError
 from .attention import AttentionWidths
+from .block_draft import BlockDraft
 from .config_reader import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .families import FAMILIES, family_of
 from .family import Block, Family
@@ -43,7 +44,8 @@ class ModelConfig:
 
     intermediate_size: channels of a dense feed-forward block; 0 in a family without. compressed_rope: the rotary
     parameters of layers that attend to compressed tokens; None where all layers have `rope`. hyper_connections: the
-    streams of the residual; None for a plain one.
+    streams of the residual; None for a plain one. block_draft: the draft that the multi-token-prediction layers are
+    together; None where each drafts by itself.
     """
 
     model_type: str
@@ -61,6 +63,7 @@ class ModelConfig:
     rope: RopeConfig
     compressed_rope: RopeConfig | None = None
     hyper_connections: HyperConnections | None = None
+    block_draft: BlockDraft | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -70,12 +73,14 @@ class ModelConfig:
         read = ConfigReader({**_without_aliases(config), "partial_rotary_factor": rotary_fraction(config)})
         attention = family.attention.read(read)
         ropes = family.ropes(config, attention)
+        drafts = read.count("num_nextn_predict_layers", 0, most=MAX_LAYERS)
+        draft = None if family.block_draft is None else family.block_draft.read(read)
         result = cls(
             model_type=family.model_type,
             hidden_size=read.size("hidden_size"),
             intermediate_size=read.size("intermediate_size") if family.entries(Block.DENSE) else 0,
             num_hidden_layers=read.size("num_hidden_layers", most=MAX_LAYERS),
-            num_nextn_predict_layers=read.count("num_nextn_predict_layers", 0, most=MAX_LAYERS),
+            num_nextn_predict_layers=drafts if draft is None else draft.layers,
             vocab_size=read.size("vocab_size"),
             rms_norm_eps=read.number("rms_norm_eps", family.rms_norm_eps, 0.0, 1.0),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
@@ -86,6 +91,7 @@ class ModelConfig:
             rope=ropes.rope,
             compressed_rope=ropes.compressed,
             hyper_connections=None if family.hyper_connections is None else family.hyper_connections.read(read),
+            block_draft=draft,
         )
         # No backend computes another value: refuse it rather than run another model.
         for key, value in family.fixed.items():
@@ -99,6 +105,12 @@ class ModelConfig:
     def dtype(self) -> torch.dtype:
         """The torch dtype of float weights, whose safetensors code is `dtype_code`."""
         return torch_dtype(self.dtype_code)
+
+    @property
+    def rope_pairs(self) -> int:
+        """Columns of the rotary tables, one a pair of channels; 0 where layers differ in their rotation, and compute
+        it."""
+        return self.rope.dim // 2 if self.compressed_rope is None else 0
 
     @property
     def family(self) -> Family:

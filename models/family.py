@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from .attention import AttentionReader, AttentionWidths
+from .block_draft import BlockDraftReader
 from .hyper_connections import HyperConnectionsReader
 from .moe import MoeReader
 from .roles import Role
@@ -105,6 +106,7 @@ class Family:
     (`language_model.`).
     deepseek_keys: gives a config.json with transformers' keys those of the model's authors, where they differ.
     ropes: reads the rotary parameters. hyper_connections: reads the residual's streams; None with a plain residual.
+    block_draft: reads a draft of token blocks; None where multi-token-prediction layers are the only drafts.
     no_rotation, no_calibration: the reasons why a rotation, and why every method that runs the layers, are refused.
     text_types: the model_types that `text_config` of config.json may name, where the keys of the text model stand in
     that object; empty where they stand at the top.
@@ -128,6 +130,7 @@ class Family:
     deepseek_keys: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     ropes: Callable[[Mapping[str, Any], AttentionWidths], Ropes] = read_one_rope
     hyper_connections: HyperConnectionsReader | None = None
+    block_draft: BlockDraftReader | None = None
     no_rotation: str = ""
     no_calibration: str = ""
     text_types: tuple[str, ...] = ()

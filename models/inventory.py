@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import CheckpointError
+from .block_draft import draft_key
 from .config import ModelConfig
 from .family import Block, Family
 from .roles import Role
@@ -97,8 +98,9 @@ def _mtp_layers(
     kept: list[int] = []
     partial: list[int] = []
     for layer in layers:
-        own = [tensors.spec(Block.MTP, entry.part, layer).name for entry in tensors.family.entries(Block.MTP)]
-        if not any(name in weights for name in own):
+        own = [config.name(Block.MTP, entry.part, layer) for entry in tensors.family.entries(Block.MTP)]
+        # Names of their own tell such layers. Of a draft of several, some have nothing beside a decoder layer.
+        if not tensors.family.mtp_layers and not any(name in weights for name in own):
             why = f"{own[0]!r} is missing" if own else "this family has none"
             raise CheckpointError(
                 f"config.json has num_hidden_layers {first}, but the checkpoint has layer {layer}, which is no "
@@ -170,6 +172,9 @@ def _deciding_key(config: ModelConfig, name: str) -> str | None:
         return None if expert is None else f"n_routed_experts {config.n_routed_experts}"
     if entry.when == "mtp":
         return f"num_hidden_layers {config.num_hidden_layers}"
+    drafted = draft_key(config.block_draft, entry.when)
+    if drafted is not None:
+        return _value(*drafted, layer)
     for part in (config.attention, config.moe_at(layer)):
         if part is not None and entry.when in part.KEYS:
             key = part.KEYS[entry.when]

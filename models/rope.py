@@ -22,8 +22,9 @@ _CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class RopeTables:
-    """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale already applied.
+    """`cos` and `sin` float32 [max_position, rope_dim / 2], one column a frequency pair, mscale applied.
 
+    Without columns where layers differ in their rotation.
     softmax_scale: the factor of attention scores, YaRN's part included; the tables do not contain it.
     """
 
@@ -41,8 +42,8 @@ def rope_tables(config: ModelConfig) -> RopeTables:
     """
     rope, positions = config.rope, config.rope.positions
     mscale, frequencies = attention_factor(rope), inverse_frequencies(rope, positions)
-    cos, sin = np.empty((2, positions, rope.dim // 2), np.float32)
-    for start in range(0, positions, _CHUNK):
+    cos, sin = np.empty((2, positions, config.rope_pairs), np.float32)
+    for start in range(0, positions if config.rope_pairs else 0, _CHUNK):
         part = slice(start, min(start + _CHUNK, positions))
         angles = np.arange(part.start, part.stop, dtype=np.float64)[:, None] * frequencies
         cos[part], sin[part] = np.cos(angles) * mscale, np.sin(angles) * mscale

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from .block_draft import draft_conditions
 from .config import ModelConfig
 from .family import Block, Entry
 from .roles import Role
@@ -114,6 +115,7 @@ def conditions(config: ModelConfig, layer: int | None) -> frozenset[str]:
         "mtp": layer >= config.num_hidden_layers,
         "dense": moe is None,
         "moe": moe is not None,
+        **draft_conditions(config.block_draft, layer - config.num_hidden_layers),
         **config.attention.conditions(layer),
         **({} if moe is None else moe.conditions(layer)),
     }
@@ -130,4 +132,5 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         **config.attention.sizes(),
         **({} if config.moe is None else config.moe.sizes()),
         **({} if config.hyper_connections is None else config.hyper_connections.sizes(config.hidden_size)),
+        **({} if config.block_draft is None else config.block_draft.sizes(config.hidden_size)),
     }

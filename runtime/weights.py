@@ -36,7 +36,7 @@ from .store import Store, is_artifact
 
 def load_rope_tables(checkpoint: Checkpoint, config: ModelConfig) -> RopeTables:
     """Rope tables of npuq's artifact, else of the config. Raises ArtifactError for tables unlike the config's."""
-    if not (is_artifact(checkpoint.directory) and is_own(checkpoint.directory)):
+    if not (config.rope_pairs and is_artifact(checkpoint.directory) and is_own(checkpoint.directory)):
         return rope_tables(config)
     return load_rope(inside(checkpoint.directory, ROPE_NAME, ArtifactError), config)
 

@@ -142,6 +142,8 @@ def _ranges(spec: Spec) -> Iterator[tuple[int, int]]:
 
 def _rope(subject: Subject) -> Iterator[str]:
     """Compare the stored rotary tables and their metadata with a recomputation."""
+    if not subject.config.rope_pairs:  # nothing reads them
+        return
     try:
         stored = load_rope(inside(subject.directory, ROPE_NAME, ArtifactError), subject.config)
     except NpuqError as error:

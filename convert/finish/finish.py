@@ -92,8 +92,10 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[L
     """
     stats = {index: entry.stats for index, entry in record.jobs.items()}
     copy_side_files(prepared.checkpoint.directory, output, list(prepared.side_files))
-    _write_rope(prepared, output)
-    small = [*prepared.side_files, ROPE_NAME]
+    small = list(prepared.side_files)
+    if prepared.config.rope_pairs:
+        _write_rope(prepared, output)
+        small.append(ROPE_NAME)
     scales = [report.kv_cache.scale for report in reports if report.kv_cache is not None]
     if scales:
         _write_kv_cache_scales(scales, output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from ..block_draft import BlockDraft
 from ..compressed_attention import CompressedAttention
 from ..compressed_keys import deepseek_keys, read_ropes
 from ..family import Activation, Block, Entry, Family
@@ -39,6 +40,10 @@ _ACTIVATIONS = (
     Activation("mtp_hidden"),
     Activation("mtp_head_input"),
     Activation("mtp_final"),
+    Activation("draft_targets"),
+    Activation("draft_context"),
+    Activation("draft_context_normed"),
+    Activation("markov"),
 )
 
 
@@ -121,15 +126,26 @@ _ROUTER = (
 )  # fmt: skip
 
 _MTP = (
-    # The draft's streams are e_proj(embedding), the same for all, plus h_proj of each of the main model's.
+    # A serial draft's streams are e_proj(embedding), the same for all, plus h_proj of each of the main model's.
     Entry("e_proj", "e_proj.weight", Role.MTP_PROJECTION, ("hidden", "hidden"), reads=("mtp_embedding",),
-          writes="streams", when="mtp"),
+          writes="streams", when="serial_draft"),
     Entry("h_proj", "h_proj.weight", Role.MTP_PROJECTION, ("hidden", "hidden"), reads=("mtp_hidden",),
-          writes="streams", when="mtp"),
-    norm("embedding_norm", "enorm.weight", "hidden", "streams", "mtp_embedding", Role.MTP_NORM, when="mtp"),
-    norm("hidden_norm", "hnorm.weight", "hidden", "streams", "mtp_hidden", Role.MTP_NORM, when="mtp"),
-    *(replace(entry, when="mtp") for entry in _connection("head_connection", "hc_head", "streams", "one")),
-    norm("head_norm", "norm.weight", "hidden", "mtp_head_input", "mtp_final", Role.MTP_NORM, when="mtp"),
+          writes="streams", when="serial_draft"),
+    norm("embedding_norm", "enorm.weight", "hidden", "streams", "mtp_embedding", Role.MTP_NORM, "serial_draft"),
+    norm("hidden_norm", "hnorm.weight", "hidden", "streams", "mtp_hidden", Role.MTP_NORM, "serial_draft"),
+    # A block draft's layers attend to what main_proj makes of the main model's hidden states.
+    Entry("main_proj", "main_proj.weight", Role.MTP_PROJECTION, ("hidden", "targets_hidden"),
+          reads=("draft_targets",), writes="draft_context", when="block_draft_start"),
+    norm("main_norm", "main_norm.weight", "hidden", "draft_context", "draft_context_normed", Role.MTP_NORM,
+         "block_draft_start"),
+    *(replace(entry, when="draft_end") for entry in _connection("head_connection", "hc_head", "streams", "one")),
+    norm("head_norm", "norm.weight", "hidden", "mtp_head_input", "mtp_final", Role.MTP_NORM, "draft_end"),
+    Entry("markov_embedding", "markov_head.markov_w1.weight", Role.MTP_EMBEDDING, ("vocab", "markov"), "lookup",
+          writes="markov", when="block_draft_end"),
+    Entry("markov_head", "markov_head.markov_w2.weight", Role.MTP_HEAD, ("vocab", "markov"), reads=("markov",),
+          when="block_draft_end"),
+    Entry("confidence", "confidence_head.proj.weight", Role.MTP_HEAD, ("one", "confidence"),
+          reads=("mtp_head_input", "markov"), when="block_draft_end"),
     # Copies of the main model's tensors; the releases leave them out.
     Entry("embedding", "emb.tok_emb.weight", Role.MTP_EMBEDDING, ("vocab", "hidden"), "lookup", writes="streams",
           when="mtp", optional="always"),
@@ -157,6 +173,7 @@ FAMILY: Final = Family(
     mtp_layers="mtp.",
     experts="ffn.experts.",
     hyper_connections=HyperConnections,
+    block_draft=BlockDraft,
     no_rotation=(
         "a hyper-connection reads all streams of the residual at once, and a rotation of each alone is not derived yet"
     ),

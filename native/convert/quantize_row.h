@@ -148,7 +148,7 @@ static int convert_stored(const void *x, int dtype, size_t n, const float *block
         if (!mse) return convert_minmax_fp8(&row, bits, out);
         return bits == 4 ? convert_distinct(&row, memory, out) : NOT_IN_TABLES;
     }
-    if (dtype == NPUQ_F4 && bits == 4 && mse) return convert_fp4(x, n, block_scale, block, out);
+    if (dtype == NPUQ_F4 && bits == 4) return convert_fp4(x, n, block_scale, block, mse, out);
     if (dtype == NPUQ_U4 || dtype == NPUQ_F4) return NOT_IN_TABLES;
     return bits == 4 && !mse ? convert_minmax_int4(x, dtype, n, out) : NOT_IN_TABLES;
 }

@@ -167,8 +167,8 @@ def _rank_part(part: Part, owned: Owned, backend: Backend) -> Bytes:
 
 def _rope_bytes(model: StoredModel, backend: Backend) -> int:
     """Rotary tables in the compute dtype, cos and sin, each with its halves twice (`runtime/step.py`)."""
-    rope = model.config.rope
-    return 2 * rope.positions * rope.dim * backend.dtype.itemsize
+    config = model.config
+    return 2 * config.rope.positions * 2 * config.rope_pairs * backend.dtype.itemsize
 
 
 def _kind(part: Part) -> str:

@@ -16,7 +16,7 @@ from npuq.models.tensors import ModelTensors
 
 # The OCP Microscaling formats (version 1.0), table 5: the magnitudes of E2M1 by their three bits.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP8_LINEARS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj")
+FP8_LINEARS = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj", "main_proj")
 QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -31,6 +31,17 @@ RELEASE: dict[str, Any] = {
     "expert_dtype": "fp4",
     "quantization_config": QUANTIZATION,
     "torch_dtype": "bfloat16",
+}
+
+# The release of 0731: a draft of three layers (DSpark) in place of the MTP layer.
+BLOCK_DRAFT: dict[str, Any] = {
+    **RELEASE,
+    "num_nextn_predict_layers": 3,
+    "compress_ratios": [*CONFIG["compress_ratios"], 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_target_layer_ids": [1, 2, 3],
+    "dspark_markov_rank": 16,
+    "dspark_noise_token_id": 319,
 }
 
 

@@ -367,6 +367,15 @@ V4_FLASH: dict[str, Any] = {
         "weight_block_size": [128, 128],
     },
 }
+# With DSpark, a draft of three layers.
+V4_FLASH_0731 = V4_FLASH | {
+    "num_nextn_predict_layers": 3,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0, 0, 0],
+    "dspark_block_size": 5,
+    "dspark_target_layer_ids": [40, 41, 42],
+    "dspark_markov_rank": 256,
+    "dspark_noise_token_id": 128799,
+}
 V4_PRO = V4_FLASH | {
     "hidden_size": 7168,
     "moe_intermediate_size": 3072,
@@ -395,6 +404,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "GLM-4.5": GLM_45,
     "GLM-4.5-Air": GLM_45_AIR,
     "DeepSeek-V4-Flash": V4_FLASH,
+    "DeepSeek-V4-Flash-0731": V4_FLASH_0731,
     "DeepSeek-V4-Pro": V4_PRO,
 }
 # Those that npuq's runtime runs on NPUs and divides among ranks.
@@ -432,7 +442,7 @@ def _tensors(config: dict[str, Any]) -> Iterator[Header]:
 def _v4_tensors(model: ModelConfig) -> Iterator[Header]:
     """FP4 experts, FP8 linears, powers of two beside them; without copies of embedding and head."""
     drafts = range(model.num_hidden_layers, model.num_hidden_layers + model.num_nextn_predict_layers)
-    fp8 = ("q_a", "q_b", "kv", "o_a", "o_b", "index_q", "e_proj", "h_proj")
+    fp8 = ("q_a", "q_b", "kv", "o_a", "o_b", "index_q", "e_proj", "h_proj", "main_proj")
     for name, spec in expected_specs(model, drafts).items():
         if spec.optional or spec.entry is None:
             continue

@@ -20,6 +20,7 @@ from npuq.engines.parameters import MODELS, parameter_problems, refused_names
 from npuq.errors import CheckpointError
 from npuq.formats.schemes import Scheme
 from npuq.models import families
+from npuq.models.block_draft import BlockDraft
 from npuq.models.config import ModelConfig
 from npuq.models.config_reader import ConfigReader
 from npuq.models.family import Block, Entry, Family
@@ -69,7 +70,7 @@ def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig, ex
         attention = family.attention.read(ConfigReader(raw))
         model = replace(config, model_type=family.model_type, attention=attention)
     else:
-        model = ModelConfig.from_dict(published.V4_FLASH)
+        model = ModelConfig.from_dict(published.V4_FLASH_0731)
     sizes, known = ModelTensors(model).sizes_at(0), {activation.name for activation in family.activations}
     assert len(known) == len(family.activations)
     words = {
@@ -77,6 +78,7 @@ def test_a_table_speaks_of_what_is_there(family: Family, config: ModelConfig, ex
         "mtp",
         "dense",
         "moe",
+        *BlockDraft.KEYS,
         *model.attention.conditions(0),
         *(model.moe.conditions(0) if model.moe else ()),
     }

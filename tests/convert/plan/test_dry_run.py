@@ -208,18 +208,35 @@ def test_a_dry_run_changes_nothing(v3_source, rig, tmp_path, tree):
     assert tree(output) == before
 
 
-def test_deepseek_v4_flash_at_its_published_size(tmp_path, monkeypatch):
-    """Its MTP layer has the 1,575 tensors that the release lists."""
-    layers, experts, compressed = 43, 256, 41
+def first_layers(config, layers):
+    """The release with its first layers alone, of every kind one: the others repeat them."""
+    drafts = config["compress_ratios"][config["num_hidden_layers"] :]
+    return {**config, "num_hidden_layers": layers, "compress_ratios": config["compress_ratios"][:layers] + drafts}
+
+
+@pytest.mark.parametrize(
+    ("config", "drafts", "tensors"),
+    [
+        pytest.param(first_layers(published.V4_FLASH, 5), 1, 1575, id="Flash"),
+        pytest.param(published.V4_FLASH_0731, 3, 4705, id="Flash-0731"),
+        pytest.param(first_layers(published.V4_PRO, 5), 1, 384 * 6 + 39, id="Pro"),
+    ],
+)
+def test_deepseek_v4_at_its_published_size(tmp_path, monkeypatch, config, drafts, tensors):
+    """`tensors`: those of the drafts, as many as the releases of Flash list."""
+    layers, experts = config["num_hidden_layers"], config["n_routed_experts"]
+    ratios = config["compress_ratios"][:layers]
+    compressed, selecting = sum(ratio > 0 for ratio in ratios), ratios.count(4)
     monkeypatch.setattr("npuq.convert.plan.space.free_bytes", lambda output: 10**13)
-    headers = published.write_release(tmp_path / "source", published.V4_FLASH)
-    assert sum(name.startswith("mtp.0.") for name, *_ in headers) == 1575
+    headers = published.write_release(tmp_path / "source", config)
+    assert sum(name.startswith("mtp.") for name, *_ in headers) == tensors
     summary = convert_checkpoint(tmp_path / "source", tmp_path / "out", dry_run=True)
     assert summary.refusal is None
     roles = {(role["role"], role["scheme"]): role["tensors"] for role in summary.roles}
     assert roles["routed_expert", "W4A8_DYNAMIC"] == layers * experts * 3
-    assert roles["mtp_routed_expert", "W8A8_DYNAMIC"] == experts * 3
+    assert roles["mtp_routed_expert", "W8A8_DYNAMIC"] == drafts * experts * 3
     assert roles["attention", "W8A8_DYNAMIC"] == layers * 3 and roles["attention_output", "FLOAT"] == layers * 2
-    # Of each compressor wkv, wgate, ape and norm; every other layer selects, and so has an indexer's too.
-    assert roles["compressor", "FLOAT"] == 4 * (compressed + roles["indexer", "W8A8_DYNAMIC"])
+    assert roles["indexer", "W8A8_DYNAMIC"] == selecting
+    # Of each compressor wkv, wgate, ape and norm; a selecting layer has an indexer's too.
+    assert roles["compressor", "FLOAT"] == 4 * (compressed + selecting)
     assert roles["router_table", "FLOAT"] == 3 and roles["router_bias", "FLOAT"] == layers - 3

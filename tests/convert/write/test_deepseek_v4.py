@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from deepseek_v4 import CONFIG, golden_model
-from packed_v4 import RELEASE, write, write_release, write_values
+from packed_v4 import BLOCK_DRAFT, RELEASE, write, write_random_release, write_release, write_values
 from safetensors.torch import load_file, save_file
 
 from npuq.convert import convert_checkpoint
@@ -73,6 +73,7 @@ def test_dtypes_and_tables_stay(release: Path) -> None:
     for name in ("layers.2.ffn.gate.bias", "layers.0.ffn.gate.tid2eid", "embed.weight"):
         assert made[name].dtype is source[name].dtype and torch.equal(made[name], source[name])
     assert made["layers.1.attn.wo_a.weight"].dtype is torch.bfloat16
+    assert not (release / "packed-w4a8/npuq/rope.safetensors").exists()  # 268 MB of Flash that nothing would read
     config = json.loads((release / "packed-w4a8" / "config.json").read_text())
     assert "expert_dtype" not in config and "quantization_config" not in config
 
@@ -191,6 +192,63 @@ def test_experts_that_are_not_there_are_refused(release: Path, tmp_path: Path, n
     # As another tool's, which has no manifest.
     shutil.rmtree(tmp_path / "made/npuq")
     assert [line for line in verify(tmp_path / "made").problems if said in line]
+
+
+@pytest.fixture(scope="module")
+def block_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release with DSpark."""
+    directory = tmp_path_factory.mktemp("v4") / "block-draft"
+    write_random_release(directory, BLOCK_DRAFT)
+    return directory
+
+
+def test_a_block_draft_is_kept(block_draft: Path, tmp_path: Path) -> None:
+    """DSpark's three layers, one draft: their experts and attention int8, what is theirs alone as it is."""
+    made = tmp_path / "made"
+    convert_checkpoint(block_draft, made)
+    listed = json.loads((made / DESCRIPTION_NAME).read_text())
+    own = {
+        "mtp.0.main_proj.weight",
+        "mtp.0.main_norm.weight",
+        "mtp.2.norm.weight",
+        "mtp.2.hc_head_fn",
+        "mtp.2.hc_head_base",
+        "mtp.2.hc_head_scale",
+        "mtp.2.markov_head.markov_w1.weight",
+        "mtp.2.markov_head.markov_w2.weight",
+        "mtp.2.confidence_head.proj.weight",
+    }
+    of_a_layer = (".attn", ".ffn", ".hc_attn", ".hc_ffn")
+    assert {name for name in listed if name.startswith("mtp.") and not any(part in name for part in of_a_layer)} == own
+    assert {listed[name] for name in own} == {"FLOAT"}
+    assert listed["mtp.1.ffn.experts.3.w2.weight"] == listed["mtp.2.attn.wq_b.weight"] == "W8A8_DYNAMIC"
+    config = json.loads((made / "config.json").read_text())
+    assert {key: config[key] for key in BLOCK_DRAFT if "dspark" in key or "nextn" in key} == {
+        key: value for key, value in BLOCK_DRAFT.items() if "dspark" in key or "nextn" in key
+    }
+    assert verify(made, source=block_draft).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dspark_target_layer_ids": [1, 2, 4]}, "dspark_target_layer_ids must be a list of whole numbers from 0 to 3"),
+        (
+            {"dspark_target_layer_ids": [1, 2]},
+            r"'mtp\.2\..* is there, .*dspark_target_layer_ids \[1, 2\]",
+        ),
+        ({"dspark_target_layer_ids": None}, r"'mtp\..*' is there, .*dspark_target_layer_ids null"),
+        ({"dspark_markov_rank": None}, "dspark_markov_rank is missing"),
+        ({"n_mtp_layers": 2}, "n_mtp_layers differs from the 3 dspark_target_layer_ids"),
+    ],
+)
+def test_a_config_of_another_draft_is_refused(
+    block_draft: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(block_draft, tmp_path / "source")
+    (tmp_path / "source/config.json").write_text(json.dumps({**BLOCK_DRAFT, **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", dry_run=True)
 
 
 def test_releases_that_drop_the_limit_are_named(release: Path, tmp_path: Path) -> None:
