@@ -4,9 +4,10 @@
 
 Clients are the official one, with its own defaults. They stream or not, ask greedily or with a seed, with stop strings
 and several choices, share beginnings of prompts or not, and some leave in the middle; some want log-probabilities, an
-echo, or JSON by a schema in a chat. It serves the shipped example in a process of its own. Every 25 seconds the clients rest,
-which does not count, until the server has given back what it does not need: what it holds then is looked at (`Memory`).
-A leak of 1 KB a request is found in five minutes. Under load it holds more: a step's temporaries, up to the largest step.
+echo, or JSON by a schema in a chat. It serves the shipped example in a process of its own.
+
+Every 25 seconds the clients rest until the server has given back what it does not need: its memory is read then
+(`Memory`), so a leak of 1 KB a request is found in five minutes. Under load it holds a step's temporaries too.
 """
 
 from __future__ import annotations
