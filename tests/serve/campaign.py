@@ -120,7 +120,7 @@ class Memory:
         return self.held[len(self.held) // 3 :]
 
     def growth(self) -> tuple[float, int]:
-        """Bytes a request, and requests: the median of the slopes between any two rests, which no single step moves.
+        """Bytes a request, and requests: the median of the slopes between any two rests, which no single rest moves.
 
         Two rests beside each other differ by noise alone, so they are not compared.
         """

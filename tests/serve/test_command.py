@@ -103,6 +103,15 @@ def begun(client: openai.OpenAI, tokens: int) -> Iterator[str]:
     return rest()
 
 
+def test_the_campaign_tells_a_leak_from_noise() -> None:
+    """One rest that holds 8 MB more is no leak; 1 KB a request is."""
+    rests = [(part * 1000, 7919 * part % 300_000) for part in range(12)]
+    flat = campaign.Memory([(310_000_000 + noise + (n == 8000) * 8_000_000, n) for n, noise in rests])
+    leaking = campaign.Memory([(310_000_000 + noise + 1024 * n, n) for n, noise in rests])
+    assert (flat.tells(), flat.leaks()) == (True, False)
+    assert leaking.leaks()
+
+
 def test_clients_of_all_kinds_get_their_texts_and_memory_stays(
     servers: dict[str, Server], model: LanguageModel
 ) -> None:
