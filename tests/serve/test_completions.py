@@ -57,6 +57,7 @@ def test_the_first_and_the_last_text_wait_for_no_others(
 ) -> None:
     """All between them come together."""
     monkeypatch.setattr(engine_thread, "_GATHER_SECONDS", 3600.0)
+    monkeypatch.setattr(responding, "PING_SECONDS", 3600.0)  # a ping brings what waits
     chunks = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, stream=True))
     texts = [chunk.choices[0].text for chunk in chunks]
     assert "".join(texts) == model.generate(PROMPT, max_new_tokens=24, temperature=0).text
