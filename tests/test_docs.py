@@ -79,7 +79,7 @@ def serving() -> str:
 
 def test_the_page_of_serving_has_every_option_with_its_default(serving: str) -> None:
     """Options that other commands have too are in the pages of those."""
-    shared = {*LOADING, "family", "eager", "parallel", "quiet", "as_json"}
+    shared = {*LOADING, "parallel", "quiet", "as_json"}
     rows = dict(re.findall(r"^\| `(--[a-z-]+)` ?([^|]*?) \|", _section(serving, "Options"), re.MULTILINE))
     expected = {
         option.opts[0]: str(option.default).removesuffix(".0") if option.show_default else ""
