@@ -18,9 +18,8 @@ from .conversation.screen import Screen, ask
 from .conversation.server_chat import ServerChat, is_url
 from .conversation.session import ReadLine, Session
 from .conversation.transcript import Transcript
-from .options.loading import LOADING, loading_options
+from .options.loading import LOADING, Loading, loading_options
 from .options.prompts import template_variables
-from .options.reading import as_option, known_type
 from .options.sampling import given_options, notes, sampling_options
 from .terminal.console import emit_json, format_bytes, json_option, say
 
@@ -32,7 +31,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _MOST_MESSAGE_BYTES: Final = 8 << 20
 # Ctrl-C and the first text wait for a step of the prompt.
 _STEP_SECONDS: Final = 0.5
-_OF_A_MODEL: Final = (*LOADING, "family", "chat_template")
+_OF_A_MODEL: Final = (*LOADING, "chat_template")
 _OF_A_SERVER: Final = ("model_name", "api_key_file")
 
 
@@ -49,7 +48,6 @@ _OF_A_SERVER: Final = ("model_name", "api_key_file")
 @click.option(
     "--chat-template", type=_FILE, help="Of a MODEL: a Jinja file in the place of the model's own chat template."
 )
-@as_option("MODEL")
 @loading_options
 @click.option("--model", "model_name", metavar="NAME", help="Of a URL: a model of the server. [default: its first]")
 @click.option("--api-key-file", type=_FILE, help="Of a URL: a file with the server's API key. [default: $NPUQ_API_KEY]")
@@ -63,16 +61,11 @@ def command(
     chat_template_kwargs: str | None,
     stops: tuple[str, ...],
     chat_template: Path | None,
-    family: str | None,
+    loading: Loading,
     model_name: str | None,
     api_key_file: Path | None,
     quiet: bool,
     as_json: bool,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    kv_cache_dtype: str,
-    cache_size: int | None,
     **sampling: Any,
 ) -> None:
     """Talk to a model: MODEL is an artifact or a checkpoint, URL a server of OpenAI's protocol, like `npuq serve`.
@@ -108,8 +101,7 @@ def command(
     if is_url(model):
         talker = ServerChat(model, model_name, _api_key(api_key_file), variables)
     else:
-        loading = {"backend": backend, "device": device, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
-        talker = _load(Path(model), settings, chat_template, variables, quiet, cache_size, family, loading)
+        talker = _load(Path(model), settings, chat_template, variables, quiet, loading)
     talker.check(settings)
     screen = Screen(reasoning=not no_reasoning, answers=not as_json)
     session = Session(talker, screen, transcript, settings, interactive=interactive)
@@ -136,43 +128,26 @@ def _load(
     template: Path | None,
     variables: Mapping[str, Any],
     quiet: bool,
-    cache_size: int | None,
-    family: str | None,
-    loading: Mapping[str, Any],
+    loading: Loading,
 ) -> LocalChat:
     """The model in this process. All refusals come before its weights are opened."""
-    import torch
-
-    from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
+    from ..runtime import EngineConfig, SamplingParams, Tokenizer
     from ..runtime.text.generation_config import default_sampling, read_generation_config
-    from ..runtime.text.tokenizer_check import require_tokenizer
     from .conversation.local_chat import LocalChat
-    from .transfer import local_model
 
     try:
         SamplingParams.of(SamplingParams(), settings)
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
 
-    def suitable(found: Path) -> None:
-        known_type(family)(found)
-        require_tokenizer(found)
-
-    directory = local_model(path, quiet=quiet, before_weights=suitable)
+    directory = loading.find(path, quiet=quiet)
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, settings)
     tokenizer = Tokenizer(directory, template)
     if not tokenizer.has_chat_template:
         raise GenerationError(f"{directory}: has no chat template; give one with --chat-template FILE")
     tokenizer.split_stops(params.stop)
-    dtype = None if loading["dtype"] is None else getattr(torch, loading["dtype"])
-    model = load(
-        directory,
-        **{**loading, "dtype": dtype},
-        engine=EngineConfig(cache_size, step_seconds=_STEP_SECONDS),
-        tokenizer=tokenizer,
-        family=family,
-    )
+    model = loading.load(directory, tokenizer, EngineConfig(loading.cache_size, step_seconds=_STEP_SECONDS))
     chat = LocalChat(model, defaults, variables)
     held = f"a KV cache of {model.cache_tokens} tokens ({format_bytes(model.cache_bytes)})"
     chat.notes = [*notes(params, defaults, settings), held]

@@ -12,9 +12,8 @@ import click
 
 from ..errors import GenerationError, NpuqWarning
 from ..inputs.printable import printable
-from .options.loading import loading_options
+from .options.loading import Loading, loading_options
 from .options.prompts import Prompt, encode, prompt_options, read_prompts, template_note, template_variables
-from .options.reading import as_option, known_type
 from .options.sampling import given_options, notes, sampling_options
 from .ranks import parallel_option, ranks_of_command
 from .terminal.console import complain, emit_json, json_option, say, write
@@ -41,9 +40,7 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help="End before this text, or at this special token; may be repeated.",
 )
-@as_option("MODEL")
 @loading_options
-@click.option("--eager", is_flag=True, help="On an NPU: launch every operator, replay no captured decode steps.")
 @parallel_option
 @click.option("--quiet", is_flag=True, help="No notes on stderr.")
 @json_option("A JSON list, an object a prompt, when all are done.")
@@ -57,13 +54,7 @@ def command(
     system: str | None,
     chat_template_kwargs: str | None,
     stops: tuple[str, ...],
-    family: str | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    kv_cache_dtype: str,
-    eager: bool,
-    cache_size: int | None,
+    loading: Loading,
     parallel: str | None,
     quiet: bool,
     as_json: bool,
@@ -102,13 +93,9 @@ def command(
     if quiet:
         warnings.simplefilter("ignore", NpuqWarning)
 
-    import torch
-
-    from ..runtime import EngineConfig, SamplingParams, Tokenizer, load
+    from ..runtime import EngineConfig, SamplingParams, Tokenizer
     from ..runtime.text.generation_config import default_sampling, read_generation_config
     from ..runtime.text.replies.formats import PLAIN, find_format
-    from ..runtime.text.tokenizer_check import require_tokenizer
-    from .transfer import local_model
 
     ranks.join()
     # All refusals come before the weights are opened: options, then the small files, then the prompts.
@@ -117,11 +104,7 @@ def command(
     except GenerationError as error:
         raise click.UsageError(str(error)) from error
 
-    def suitable(found: Path) -> None:
-        known_type(family)(found)
-        require_tokenizer(found)
-
-    directory = ranks.fetch(lambda silent: local_model(model, quiet=quiet or silent, before_weights=suitable))
+    directory = ranks.fetch(lambda silent: loading.find(model, quiet=quiet or silent))
     defaults = default_sampling(directory, read_generation_config(directory))
     params = SamplingParams.of(defaults, given)
     tokenizer = Tokenizer(directory)
@@ -130,20 +113,7 @@ def command(
     # A text is continued as it is, and so is what stands in it; one format is for all prompts of a command.
     talks = all(chat or prompt.is_conversation for prompt in texts)
     reply = find_format(tokenizer) if talks else PLAIN
-    compute = None if dtype is None else getattr(torch, dtype)
-    engine = EngineConfig(cache_size)
-    runner = load(
-        directory,
-        backend,
-        compute,
-        device,
-        engine=engine,
-        kv_cache_dtype=kv_cache_dtype,
-        tokenizer=tokenizer,
-        family=family,
-        graphs=not eager,
-        parallel=ranks.layout(parallel),
-    )
+    runner = loading.load(directory, tokenizer, EngineConfig(loading.cache_size), ranks.layout(parallel))
     if not runner.leads:
         runner.follow()
         return

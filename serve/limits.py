@@ -19,6 +19,8 @@ PING_SECONDS: Final = 15.0
 """A stream without events gets a comment after this time: proxies close silent connections."""
 SEND_SECONDS: Final = 60.0
 """A client that takes nothing for this time is gone; it is looked for as often, so it may have twice as long."""
+SEND_BYTES: Final = 1 << 14
+"""A client that takes fewer bytes than this in that time is gone, too, unless it takes all."""
 MOST_RETRY_SECONDS: Final = 120
 
 
@@ -27,8 +29,9 @@ class Limits:
     """Limits that a server's owner may set.
 
     max_body: bytes of a request. max_queue: requests that wait or run. max_queued_tokens: prompt tokens that wait; one
-    request may have more while none waits. max_choices: `n` of a request. max_prompts: prompts of a request, each times
-    n. request_seconds: from a request's admission to its end; 0: any.
+    request may have more while none waits, unless it asks for their log-probabilities (about 1 KB each). max_choices:
+    `n` of a request. max_prompts: prompts of a request, each times n. request_seconds: from a request's admission to
+    its end; 0: any.
     """
 
     max_body: int = 8 << 20

@@ -26,7 +26,7 @@ from .service import Service
 T = TypeVar("T")
 
 _FEW_TOKENS: Final = 4096
-"""Tokens of a document that the event loop makes by itself: with log-probabilities each takes 10 µs."""
+"""Tokens, with the likeliest beside them, of a document that the event loop makes by itself: each may take 10 µs."""
 
 
 class ClientGoneError(Exception):
@@ -75,7 +75,7 @@ class _Answer:
         async for pieces in self._generation.batches():
             self._watch(pieces)
         whole, completions, usage = self._asked.reply.whole, self._completions(), self._usage()
-        if usage.total_tokens <= _FEW_TOKENS:
+        if usage.total_tokens * (1 + (self._asked.request.params.logprobs or 0)) <= _FEW_TOKENS:
             return whole(completions, usage)
         return await self.service.in_thread(whole, completions, usage)
 
@@ -114,7 +114,7 @@ class _Answer:
                 continue
             self._begun.add(index)
             found = sequences[index - index % n].prompt_logprobs or ()
-            if len(found) <= _FEW_TOKENS:
+            if len(found) * (1 + (self._asked.request.params.logprobs or 0)) <= _FEW_TOKENS:
                 yield events([chunk(index, found)])
             else:
                 yield await self.service.in_thread(lambda index, found: events([chunk(index, found)]), index, found)

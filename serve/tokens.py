@@ -34,8 +34,7 @@ async def tokenize(service: Service, http: HttpRequest, body: bytes) -> Response
     """Answer with the token ids of a text, without a limit but the body's."""
     given = decode(body, TokenizeRequest)
     service.check_model(given.model)
-    tokens = await service.in_thread(service.model.tokenizer.encode, given.prompt, given.add_special_tokens)
-    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context})
+    return await service.in_thread(_tokens, service, given)
 
 
 async def detokenize(service: Service, http: HttpRequest, body: bytes) -> Response:
@@ -43,6 +42,11 @@ async def detokenize(service: Service, http: HttpRequest, body: bytes) -> Respon
     given = decode(body, DetokenizeRequest)
     service.check_model(given.model)
     return json_response({"prompt": await service.in_thread(_text, service, given.tokens)})
+
+
+def _tokens(service: Service, given: TokenizeRequest) -> Response:
+    tokens = service.model.tokenizer.encode(given.prompt, given.add_special_tokens)
+    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context})
 
 
 def _text(service: Service, tokens: list[int]) -> str:

@@ -17,6 +17,7 @@ from npuq.serve import limits
 from npuq.serve.app import ENDPOINTS
 from npuq.serve.chat.request import ChatRequest
 from npuq.serve.completions.request import CompletionRequest
+from npuq.serve.http.protocol import MOST_CONNECTIONS, REST_BYTES, REST_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +79,7 @@ def serving() -> str:
 
 def test_the_page_of_serving_has_every_option_with_its_default(serving: str) -> None:
     """Options that other commands have too are in the pages of those."""
-    shared = {*LOADING, "family", "eager", "parallel", "quiet", "as_json"}
+    shared = {*LOADING, "parallel", "quiet", "as_json"}
     rows = dict(re.findall(r"^\| `(--[a-z-]+)` ?([^|]*?) \|", _section(serving, "Options"), re.MULTILINE))
     expected = {
         option.opts[0]: str(option.default).removesuffix(".0") if option.show_default else ""
@@ -109,7 +110,10 @@ def test_the_page_of_serving_has_the_limits_of_the_code(serving: str) -> None:
     assert values["`stop`"] == f"{limits.MOST_STOPS} texts of {limits.MOST_STOP_CHARACTERS} characters"
     assert values["`logit_bias`"] == f"{limits.MOST_BIASES} entries"
     assert values["tools"].startswith(f"{limits.MOST_TOOLS}, ")
-    assert values["a client that takes nothing"] == f"{limits.SEND_SECONDS:g} s"
+    slow = f"a client that takes less than {limits.SEND_BYTES >> 10} KiB of what waits"
+    assert values[slow] == f"{limits.SEND_SECONDS:g} s"
+    assert values["the rest of a body behind its answer"] == f"{REST_BYTES >> 20} MiB, and {REST_SECONDS:g} s"
+    assert values["connections"] == f"half of `ulimit -n`, {MOST_CONNECTIONS}"
     assert values["a silent stream"] == f"a comment every {limits.PING_SECONDS:g} s"
     assert f"at most {limits.MOST_RETRY_SECONDS} s" in serving
 

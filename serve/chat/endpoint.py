@@ -26,6 +26,12 @@ def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
     given = decode(body, ChatRequest)
     service.metrics.unknown_fields.inc(unknown_fields(body, ChatRequest))
     service.check_model(given.model)
+    if len(given.messages) > service.model.context:  # the template would take its seconds, and all chats wait for it
+        raise bad_request(
+            f"{len(given.messages)} messages have more tokens than the model's context of {service.model.context}",
+            "messages",
+            "context_length_exceeded",
+        )
     most = given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens
     params = sampling_params(given, service.params, service.limits, most, _logprobs(given))
     request = service.conversations.request(given, params, service.salt(key, given.cache_salt))

@@ -54,6 +54,9 @@ class Access:
 
     def check(self, headers: Headers, path: str) -> bytes | None:
         """The digest of the key that a request brings; None where none is needed. Raises ApiError."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy that goes by the other length would take the rest of the body for somebody's next request.
+            raise ApiError(400, "a body has one length: not both of two headers", headers={"Connection": "close"})
         host = headers.get("host", "")
         if self.hosts and _without_port(host) not in self.hosts:
             raise ApiError(400, "this server is not known by this name; its owner can allow it with --allowed-host")
@@ -158,7 +161,7 @@ def _line(record: Record, scope: Scope) -> str:
     words: Sequence[Any] = [
         record.id,
         scope["method"][:16],
-        scope["path"][:100],
+        scope["raw_path"].decode("ascii", "replace")[:100],  # escaped: a space would begin another word of the line
         record.status or "gone",
         f"{seconds:.3f}s",
         *(f"{name}={value}" for name, value in record.notes.items()),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Final, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -13,6 +17,8 @@ from ..limits import BODY_SECONDS
 from .errors import ApiError, bad_request
 
 T = TypeVar("T")
+
+_decoding: Final = Lock()
 
 
 async def read_body(http: HttpRequest, most: int) -> bytes:
@@ -48,13 +54,30 @@ def _too_long(most: int) -> ApiError:
 def decode(body: bytes, kind: type[T]) -> T:
     """Decode a body as `kind`. Raises ApiError, status 400, with the path of the field at fault."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        with _without_collections():
+            return msgspec.json.decode(body, type=kind)
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
     except msgspec.ValidationError as error:
         raise bad_request(error_line(error), _field(str(error))) from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise bad_request(f"the body is not valid JSON: {error_line(error)}") from None
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python's collector wait: it would look at millions of new lists again and again, with all threads held.
+
+    One thread at a time, as in decoding, which lets no other run.
+    """
+    with _decoding:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def unknown_fields(body: bytes, kind: type[msgspec.Struct]) -> int:

@@ -9,21 +9,23 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..limits import SEND_SECONDS
+from ..limits import SEND_BYTES, SEND_SECONDS
 from .documents import encoded
 from .errors import bad_request
 
 HEAD_SECONDS: Final = 30.0
 """A request's head has to arrive within this time, from the connection's first byte or the last answer's end."""
+MOST_CONNECTIONS: Final = 4096
+"""Each may hold an answer that its client does not take."""
 REST_SECONDS: Final = 10.0
 REST_BYTES: Final = 8 << 20
 """Of a body whose answer has been sent without it: clients send all before they read. It is thrown away."""
 
 
 def most_connections() -> int:
-    """Connections at once: half of the files that the process may open (`ulimit -n`)."""
+    """Connections at once: half of the files that the process may open (`ulimit -n`), and MOST_CONNECTIONS."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft // 2 if soft != resource.RLIM_INFINITY else 1 << 16
+    return min(soft // 2, MOST_CONNECTIONS) if soft != resource.RLIM_INFINITY else MOST_CONNECTIONS
 
 
 class Protocol(H11Protocol):
@@ -81,7 +83,11 @@ class Protocol(H11Protocol):
             return
         body = encoded(bad_request(msg).body())
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -90,9 +96,16 @@ class Protocol(H11Protocol):
         super().resume_writing()
 
     def _check_taking(self, before: int) -> None:
-        """Close the connection if none of its unsent bytes was taken since the last look, when there were `before`."""
+        """Close the connection if hardly any of its unsent bytes was taken since the last look, when there were
+        `before`: a client that takes a few of them now and then would hold an answer in memory for days.
+        """
         left = self.transport.get_write_buffer_size()
-        if before and left >= before and not self._took and (self.flow.write_paused or self.transport.is_closing()):
+        if (
+            before
+            and left > before - SEND_BYTES
+            and not self._took
+            and (self.flow.write_paused or self.transport.is_closing())
+        ):
             self.transport.abort()
             return
         self._took = False

@@ -1,5 +1,6 @@
 """The page at `/`: a conversation in the browser, in one document that loads nothing else.
 
-`page.html` has the places, `page.css` the looks, `page.js` the conversation, and `markdown.js` makes nodes of a model's
-text. `document.py` puts them together under a policy that allows these scripts alone.
+`page.html` has the places and `page.css` the looks. Of the scripts `blocks.js` and `markdown.js` make nodes of a
+model's text, `server.js` asks the server, `turns.js` shows the conversation, and `page.js` has the controls.
+`document.py` puts them together under a policy that allows these scripts alone.
 """

@@ -15,6 +15,8 @@ from ..http.errors import ApiError
 from ..service import Service
 
 _FOLDER: Final = Path(__file__).parent
+_SCRIPTS: Final = ("blocks.js", "markdown.js", "server.js", "turns.js", "page.js")
+"""One script, in this order: its first line makes all of it strict, and its last part runs."""
 
 
 async def page(service: Service, http: HttpRequest, body: bytes) -> Response:
@@ -36,7 +38,7 @@ async def page(service: Service, http: HttpRequest, body: bytes) -> Response:
 def document() -> tuple[bytes, str]:
     """(the page, the policy that allows its own style and scripts, and requests to its own server)."""
     style = _read("page.css")
-    script = f"{_read('markdown.js')}\n{_read('page.js')}"
+    script = "\n".join(map(_read, _SCRIPTS))
     content = _read("page.html").replace("{{style}}", style).replace("{{script}}", script)
     policy = "; ".join(
         [

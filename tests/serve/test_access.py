@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import Running, running, wait_for
+from serving import SECONDS, Running, read, running, wait_for
 
 from npuq.runtime import LanguageModel, SamplingParams
 from npuq.serve.http.access import Access, loopback_hosts
@@ -81,6 +82,24 @@ def test_a_foreign_page_gets_nothing(keyed: Running, server: Running) -> None:
     assert (asked.status, asked.headers["access-control-allow-origin"]) == (200, PAGE)
     asked = keyed.ask("OPTIONS", "/v1/completions", headers={**asks, "Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in asked.headers
+
+
+def test_a_body_with_two_lengths_is_refused(keyed: Running) -> None:
+    """A proxy and the server could take different ends for it: what follows would be somebody's next request."""
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\napi-key: key-1\r\nContent-Length: 4"
+    inner = b"GET /version HTTP/1.1\r\nHost: localhost\r\napi-key: key-1\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", keyed.port), timeout=SECONDS) as connection:
+        connection.sendall(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner)
+        answer = read(connection)
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_path_is_one_word_of_the_log(keyed: Running, log: list[str]) -> None:
+    """Whatever is in it: no client writes the words of another line, nor a line of its own."""
+    keyed.ask("GET", "/x%20200%200.001s%20finish=stop%0areq-1", headers={"X-Request-Id": "path-1"})
+    wait_for(lambda: any(line.startswith("path-1 ") for line in log))
+    (line,) = [line for line in log if line.startswith("path-1 ")]
+    assert line.split()[:4] == ["path-1", "GET", "/x%20200%200.001s%20finish=stop%0areq-1", "401"]
 
 
 def test_prompts_of_the_log_are_made_beside_the_event_loop(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ def test_a_long_document_is_made_beside_the_event_loop(server: Running, monkeypa
         return whole(self, *given)
 
     monkeypatch.setattr(CompletionReply, "whole", noted)
-    monkeypatch.setattr(responding, "_FEW_TOKENS", 20)
+    monkeypatch.setattr(responding, "_FEW_TOKENS", 40)
     for tokens in (10, 30):
         answer = server.complete(prompt=[5] * tokens, max_tokens=1, logprobs=1, echo=True)
         assert len(answer.json["choices"][0]["logprobs"]["tokens"]) == tokens + 1

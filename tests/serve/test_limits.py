@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging.handlers
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -18,6 +21,7 @@ from serving import SECONDS, Brake, Running, read, running, wait_for
 import npuq.serve.http.bodies
 import npuq.serve.http.protocol
 from npuq.runtime import LanguageModel, SamplingParams
+from npuq.serve.http.protocol import Protocol
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
 
@@ -209,12 +213,14 @@ def test_a_body_behind_its_answer_is_given_up(server: Running, monkeypatch: pyte
     monkeypatch.setattr(npuq.serve.http.protocol, "REST_BYTES", 1000)
     head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
-        for _ in range(2):
-            connection.sendall(head % 900)
-            assert b" 404 " in connection.recv(1000)
-            connection.sendall(b"x" * 900)
-        connection.sendall(head % 10**9)
-        assert b" 404 " in connection.recv(1000)
+        for length in (900, 900, 10**9):
+            connection.sendall(head % length)
+            answer = b""
+            while b"no such path" not in answer:
+                answer += connection.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 404")
+            if length < 10**9:
+                connection.sendall(b"x" * length)
         until = time.monotonic() + SECONDS
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             while time.monotonic() < until:
@@ -240,6 +246,28 @@ def test_what_is_no_http_is_refused(server: Running) -> None:
             assert b"HTTP" not in read(connection)
     logging.getLogger("asyncio").removeHandler(errors)
     assert errors.buffer == []
+
+
+def test_a_client_that_takes_hardly_anything_is_given_up() -> None:
+    """A few bytes now and then: its answer would stay in memory for days. One that is slow is not."""
+    aborted: list[int] = []
+    unsent = [0]
+    transport = SimpleNamespace(
+        get_write_buffer_size=lambda: unsent[0], abort=lambda: aborted.append(unsent[0]), is_closing=lambda: False
+    )
+    protocol: Any = SimpleNamespace(
+        transport=transport,
+        flow=SimpleNamespace(write_paused=True),
+        loop=SimpleNamespace(call_later=lambda *given: None),
+        _took=False,
+        _check_taking=None,
+    )
+    for before, unsent[0] in ((0, 10**6), (10**6, 9 * 10**5), (10**6, 10**6 - 20_000)):
+        Protocol._check_taking(protocol, before)
+    assert not aborted
+    unsent[0] = 10**6 - 2000
+    Protocol._check_taking(protocol, 10**6)
+    assert aborted == [10**6 - 2000]
 
 
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +301,31 @@ def test_a_full_queue_says_when_to_ask_again(small: Running, brake: Brake) -> No
     for connection in held:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         connection.close()
+
+
+def test_prompts_with_log_probabilities_have_a_limit(small: Running) -> None:
+    """Each token's are kept until the answer: 1 KB for one of two bytes in the body."""
+    answer = small.complete(prompt=[[5] * 26, [5] * 26], max_tokens=1, echo=True, logprobs=0)
+    assert answer.status == 400 and "52 prompt tokens" in answer.error["message"]
+    assert small.complete(prompt=[[5] * 26, [5] * 24], max_tokens=1, echo=True, logprobs=0).status == 200
+
+
+def test_millions_of_lists_hold_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's collector would look at them again and again while they are decoded, and no thread could run."""
+    collections: list[int] = []
+
+    def note(phase: str, details: dict[str, int]) -> None:
+        if threading.current_thread().name.startswith("AnyIO"):
+            collections.append(details["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        answer = server.ask("POST", "/v1/completions", b'{"prompt":[' + b"[5]," * 100_000 + b"[5]]}")
+    finally:
+        gc.callbacks.remove(note)
+    assert answer.status == 400 and "100001 prompts" in answer.error["message"]
+    assert len(collections) < 20
+    assert gc.isenabled()
 
 
 def test_waiting_tokens_have_a_limit(small: Running, brake: Brake) -> None:

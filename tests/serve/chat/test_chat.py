@@ -247,6 +247,7 @@ def nested(depth: int) -> dict[str, Any]:
     ("changes", "message", "param"),
     [
         ({"messages": []}, "length >= 1", "messages"),
+        ({"messages": [{"role": "user"}] * 5000}, "5000 messages have more tokens than", "messages"),
         ({"messages": [{"role": "function", "content": "a"}]}, "Invalid enum value 'function'", "messages"),
         ({"messages": [{"content": "a"}]}, "missing required field `role`", "messages"),
         (
