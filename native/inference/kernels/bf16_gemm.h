@@ -39,6 +39,7 @@ INLINE void bf16_tile(const uint16_t *w, size_t rows, const uint16_t *x, const i
     for (int r = 0; r < BF16_ROWS; r++) {
         EACH_TOKEN(tokens, sum[r][t] = vf_set(0););
     }
+    if (tokens == 1) touch_pages(w + BF16_ROWS * k, BF16_ROWS * k * sizeof *w);
     size_t i = 0;
     for (; i + BF16_STEP <= k; i += BF16_STEP) {
         vi token[BF16_TOKENS];

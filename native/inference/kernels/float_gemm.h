@@ -51,6 +51,7 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
 #if defined(NPUQ_LEVEL_AVX2)
     const int in_order = FLOAT_ROWS * k * size <= 4096;
 #endif
+    if (tokens == 1) touch_pages(w + FLOAT_ROWS * ldw * size, FLOAT_ROWS * ldw * size);
     size_t i = 0;
     for (; i + VW <= k; i += VW) {
         EACH_TOKEN(tokens, token[t] = vf_load(x + (size_t)t * ldx + i););
@@ -175,6 +176,7 @@ INLINE size_t axpy_single(const char *w, const int dtype, size_t ldw, size_t a, 
     if (!accumulate) memset(out, 0, whole * sizeof *out);
     for (size_t i = 0; i < a; i++) {
         const char *at = w + i * row;
+        touch_pages(at + ahead, row);
         const vf factor = vf_set(x[i]);
         for (size_t c = 0; c < whole; c += VW) {
             __builtin_prefetch(at + ahead + c * size, 0, 0);
