@@ -61,6 +61,13 @@ def rope_tables(config: ModelConfig) -> RopeTables:
     return RopeTables(cos, sin, softmax_scale, metadata)
 
 
+def table_bytes(config: ModelConfig) -> int:
+    """The bytes of both tables. Raises what `rope_tables` would, without their time."""
+    rope = config.rope
+    attention_factor(rope), inverse_frequencies(rope, rope.positions), attention_scale(config)
+    return 2 * rope.positions * (rope.dim // 2) * np.dtype(np.float32).itemsize
+
+
 def attention_scale(config: ModelConfig) -> float:
     """The factor of q·k before the softmax: qk_head_dim^-0.5, times `softmax_factor`."""
     return 1 / math.sqrt(config.attention.qk_head_dim) * softmax_factor(config.rope)

@@ -30,7 +30,7 @@ class Pool:
     """
 
     def __init__(self, workers: int):
-        self._workers = workers
+        self.workers = workers
         self._executor = ThreadPoolExecutor(
             workers, thread_name_prefix="npuq-pool", initializer=one_thread_of_imported_torch
         )
@@ -47,11 +47,11 @@ class Pool:
     def _start(self) -> None:
         """Start all threads now: later, an interruption or a limit of the system would come in the middle of the
         work."""
-        ready = threading.Barrier(self._workers + 1)
+        ready = threading.Barrier(self.workers + 1)
         started = 0
         try:
             with held_signals():
-                while started < self._workers:
+                while started < self.workers:
                     self._executor.submit(_wait, ready)  # none is idle, so each submit starts a thread
                     started += 1
             ready.wait()
@@ -59,7 +59,7 @@ class Pool:
             ready.abort()
             self.close()
             if isinstance(error, RuntimeError):
-                raise too_few_threads(started, self._workers) from error
+                raise too_few_threads(started, self.workers) from error
             raise
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -69,18 +69,18 @@ class Pool:
     def begin(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`map`, whose first items are in work when this returns."""
         rest = iter(items)
-        first = deque(self._executor.submit(function, item) for item in islice(rest, self._workers + 1))
+        first = deque(self._executor.submit(function, item) for item in islice(rest, self.workers + 1))
         return self._results(first, function, rest)
 
     def _results(
         self, pending: deque[Future[Result]], function: Callable[[Item], Result], items: Iterator[Item]
     ) -> Iterator[Result]:
         try:
-            if len(pending) > self._workers:
+            if len(pending) > self.workers:
                 yield pending.popleft().result()
             for item in items:
                 pending.append(self._executor.submit(function, item))
-                if len(pending) > self._workers:
+                if len(pending) > self.workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -6,7 +6,6 @@ vouches for the bytes on disk, and a push sends them in its last commit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
 from ..formats.artifact import CARD_BEGIN, CARD_END, CARD_NAME, MANIFEST_NAME, OWN_FOLDER, read_manifest
+from ..formats.json_text import json_pieces
 from ..formats.output_files import locked_directory, write_error, write_file
 from ..inputs.files import inside, is_inside, read_text
 from ..inputs.forms import Form, Items, Keys, check_form, is_count, is_finite, is_text, optional
@@ -126,8 +126,7 @@ def _save(artifact: Path, change: Callable[[dict[str, Any]], None]) -> bool:
         with locked_directory(artifact / OWN_FOLDER):
             manifest = read_manifest(artifact)
             change(manifest)
-            content = json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n"
-            write_file(artifact, MANIFEST_NAME, content)
+            write_file(artifact, MANIFEST_NAME, "".join(json_pieces(manifest)).encode())
             before = _card(artifact)
             shown = CARD_END in before.partition(CARD_BEGIN)[2]
             if shown:

@@ -15,23 +15,46 @@ from ..parallel.pool import Pool
 from ..progress import Progress, Task
 
 
-def file_problems(directory: Path, files: Mapping[str, Any], pool: Pool, progress: Progress) -> Iterator[str]:
-    """A line for each file of the manifest that is missing or has another size or hash, and for each stray file."""
-    sizes = {name: _size(directory / name) for name in files}
-    progress.start(Task("hash", sum(sizes.values())))
-    found: dict[str, list[str]] = {}
-    groups = _groups(sizes)
-    for group, problems in zip(
-        groups, pool.map(lambda names: _check_files(directory, names, files), groups), strict=True
-    ):
-        found |= problems
-        progress.advance(sum(sizes[name] for name in group))
-    for name in files:
-        yield from found[name]
-    yield from stray_problems(directory, files)
-    for name in (INDEX_NAME, CONFIG_NAME, DESCRIPTION_NAME, RECIPE_NAME):
-        if name not in files:
-            yield f"{MANIFEST_NAME}: does not list {name}"
+class FileChecks:
+    """Checks of the manifest's files on a pool.
+
+    The last files, one group a worker, are still hashed when this is made: what comes after them on the pool fills
+    its other threads. `problems` waits for them.
+    """
+
+    def __init__(self, directory: Path, files: Mapping[str, Any], pool: Pool, progress: Progress):
+        self._directory, self._files = directory, files
+        self._sizes = {name: _size(directory / name) for name in files}
+        groups = _groups(self._sizes)
+        self._found: dict[str, list[str]] = {}
+        self._results = pool.begin(lambda names: _check_files(directory, names, files), groups)
+        first = groups[: max(0, len(groups) - pool.workers)]
+        if first:
+            progress.start(Task("hash", sum(self._sizes[name] for group in first for name in group)))
+        for _ in first:
+            progress.advance(self._next())
+
+    @property
+    def bytes_left(self) -> int:
+        """The bytes of the files whose results `problems` waits for."""
+        return sum(size for name, size in self._sizes.items() if name not in self._found)
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for each file that is missing or has another size or hash, and for each stray file."""
+        while self._found.keys() != self._files.keys():
+            self._next()
+        for name in self._files:
+            yield from self._found[name]
+        yield from stray_problems(self._directory, self._files)
+        for name in (INDEX_NAME, CONFIG_NAME, DESCRIPTION_NAME, RECIPE_NAME):
+            if name not in self._files:
+                yield f"{MANIFEST_NAME}: does not list {name}"
+
+    def _next(self) -> int:
+        """Wait for the next group; return its bytes."""
+        found = next(self._results)
+        self._found |= found
+        return sum(self._sizes[name] for name in found)
 
 
 def stray_problems(directory: Path, known: Collection[str]) -> Iterator[str]:
@@ -46,9 +69,9 @@ def stray_problems(directory: Path, known: Collection[str]) -> Iterator[str]:
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The files in groups that are hashed together, of about the same size: shards with shards."""
+    """The files in groups that are hashed together, of about the same size: shards with shards, and these last."""
     names, together = sorted(sizes, key=lambda name: -sizes[name]), most_together()
-    return [names[start : start + together] for start in range(0, len(names), together)]
+    return [names[start : start + together] for start in range(0, len(names), together)][::-1]
 
 
 def _check_files(directory: Path, names: Sequence[str], files: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -45,11 +45,14 @@ class WeightCheck:
     sums: ErrorSums | None = None
 
 
-def check_weights(subject: Subject, original: Original, pool: Pool, progress: Progress) -> Iterator[WeightCheck]:
-    """Read all weights, in chunks of rows, and compare them with their originals."""
+def check_weights(
+    subject: Subject, original: Original, pool: Pool, progress: Progress, before: int = 0
+) -> Iterator[WeightCheck]:
+    """Read all weights, in chunks of rows, and compare them with their originals. The pool may still be at work on
+    `before` bytes."""
     left = LayersLeft(spec.layer for spec in subject.specs.values())
     sizes = {spec.name: subject.nbytes(spec) for spec in subject.specs.values()}
-    progress.start(Task("verify", sum(sizes.values()), layers=left.count))
+    progress.start(Task("verify", before + sum(sizes.values()), layers=left.count))
     for check in pool.map(lambda spec: _check(subject, spec, original.of(spec)), subject.specs.values()):
         layer = check.spec.layer
         progress.advance(sizes[check.spec.name], layer=layer, layer_done=left.part_done(layer))

@@ -27,7 +27,7 @@ from ..parallel.pool import Pool
 from ..parallel.torch_threads import single_threaded_torch
 from ..progress import Progress, Silent
 from .engines import engine_notes, engine_problems
-from .files import file_problems
+from .files import FileChecks
 from .source import Original, source_problems
 from .structure import structure_problems
 from .subject import Subject, open_subject
@@ -89,20 +89,22 @@ def verify(
             weights = _source_weights(stack.enter_context(Checkpoint.open(source)), directory, family)
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
-        problems: list[str] = []
-        files = 0
-        if manifest is not None:
-            files = len(manifest["files"])
-            problems += file_problems(directory, manifest["files"], pool, watch)
+        files = {} if manifest is None else manifest["files"]
+        hashed = None if manifest is None else FileChecks(directory, files, pool, watch)
         try:
             subject = open_subject(directory, manifest, family)
         except NpuqError as error:
-            return Verdict(str(path), (*problems, str(error)), files, 0, 0, ())
+            problems = [*(hashed.problems() if hashed else ()), str(error)]
+            return Verdict(str(path), tuple(problems), len(files), 0, 0, ())
         stack.enter_context(subject.checkpoint)
-        problems += _found(structure_problems, subject)
+        problems = _found(structure_problems, subject)
         problems += _found(table_problems, subject)
         original = Original(subject, weights)
-        checks = list(check_weights(subject, original, pool, watch))
+        left = hashed.bytes_left if hashed else 0
+        checks = list(check_weights(subject, original, pool, watch, left))
+        if hashed:
+            problems = [*hashed.problems(), *problems]
+            watch.advance(left)
     problems += [problem for check in checks for problem in check.problems]
     errors = tuple(linear_errors(subject.schemes, checks))
     problems += source_problems(subject, errors)
@@ -110,7 +112,7 @@ def verify(
     return Verdict(
         path=str(path),
         problems=tuple(problems),
-        files=files or len(subject.checkpoint.shards),
+        files=len(files) or len(subject.checkpoint.shards),
         tensors=len(subject.checkpoint.tensors),
         linears=sum(subject.schemes[name] is not Scheme.FLOAT for name in subject.specs),
         errors=errors,

@@ -7,7 +7,6 @@ everything known by then, so that no content of a source can make the first fail
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from ...formats.artifact import (
     description,
 )
 from ...formats.checkpoint import CONFIG_NAME, INDEX_NAME
+from ...formats.json_text import json_pieces
 from ...formats.kv_cache import save_scales
 from ...formats.output_files import PARTIAL_NAME, publish, write_file
 from ...formats.rope_file import save_rope
@@ -71,7 +71,7 @@ def rehearse(prepared: Prepared) -> int:
     files |= {name: {"size": 0, "sha256": "0" * 64} for name in (*prepared.side_files, RECIPE_NAME)}
     try:
         texts = (content for _, content in _texts(prepared, unknown))
-        for content in chain(texts, [_json(_manifest(prepared, files, unknown, ()))]):
+        for content in chain(texts, [json_pieces(_manifest(prepared, files, unknown, ()))]):
             nbytes += sum(len(piece.encode()) for piece in content)
     except UnicodeEncodeError as error:
         text = error.object[max(0, error.start - 30) : error.end]
@@ -107,7 +107,7 @@ def finish(prepared: Prepared, output: Path, record: Record, reports: Sequence[L
     shards = enumerate(prepared.plan.shards)
     files = {shard.name: {"size": shard.nbytes, "sha256": record.hashes[number]} for number, shard in shards}
     files |= {name: _measured(output / name) for name in small}
-    write_file(output, MANIFEST_NAME, "".join(_json(_manifest(prepared, files, stats, reports))).encode())
+    write_file(output, MANIFEST_NAME, "".join(json_pieces(_manifest(prepared, files, stats, reports))).encode())
 
 
 def _measured(path: Path) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def _texts(prepared: Prepared, stats: Mapping[int, ErrorSums]) -> Iterator[tuple
         prepared.calibration,
     )
     yield RECIPE_NAME, [recipe.to_yaml()]
-    yield REPORT_NAME, _json(report)
+    yield REPORT_NAME, json_pieces(report)
     yield CARD_NAME, [card]
-    yield INDEX_NAME, _json(_index(plan))
-    yield DESCRIPTION_NAME, _json(description(_types(plan)))
+    yield INDEX_NAME, json_pieces(_index(plan))
+    yield DESCRIPTION_NAME, json_pieces(description(_types(plan)))
     # Last of the texts: without config.json no loader takes the directory for a model.
-    yield CONFIG_NAME, _json(_config(prepared))
+    yield CONFIG_NAME, json_pieces(_config(prepared))
 
 
 def _write_rope(prepared: Prepared, output: Path) -> None:
@@ -266,9 +266,3 @@ def _linear(job: Job, stats: ErrorSums, stored: bool, output_error: float | None
         "bytes": job.output_bytes,
     }
     return entry if output_error is None else {**entry, "output_error": output_error}
-
-
-def _json(content: Mapping[str, Any]) -> Iterator[str]:
-    # In pieces: joining those of 180,000 names takes several times the memory of the text.
-    yield from json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(content)
-    yield "\n"

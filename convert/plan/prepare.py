@@ -29,7 +29,7 @@ from ...inputs.files import file_sha256, inside
 from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...models.inventory import Inventory, take_inventory
-from ...models.rope import rope_tables
+from ...models.rope import table_bytes
 from ...quant.scales import Method
 from ...recipes.reading import load_recipe
 from ...recipes.recipe import STORED, Recipe, Target
@@ -145,8 +145,7 @@ def prepare(
         directory = checkpoint.directory
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
-        # Written at the end, but computed here: a failure should come before memory has to hold the plan too.
-        rope_bytes = _rope_bytes(config)
+        rope_bytes = table_bytes(config)  # here, because what its tables cannot be made of must be refused first
         shared = share_tied(checkpoint)
         source = open_weights(checkpoint)
         stored = source.schemes if source.is_quantized else None
@@ -212,11 +211,6 @@ def prepare(
         device=text.device if text else Device.CPU,
         statements=tuple(said),
     )
-
-
-def _rope_bytes(config: ModelConfig) -> int:
-    tables = rope_tables(config)
-    return tables.cos.nbytes + tables.sin.nbytes
 
 
 def _data_free_outside_walk(

@@ -7,9 +7,9 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import npuq
+from npuq.cli.main import main
 from npuq.convert.conversion import Internals
 from npuq.convert.write.pipeline import Durability
 from npuq.errors import ConversionError
@@ -195,13 +196,26 @@ def test_a_float16_model_keeps_its_bit_patterns(float_model, tmp_path):
     assert continuation(tmp_path / "out") == continuation(directory)
 
 
-def test_the_command_line(float_model, tmp_path):
-    directory = foreign.write_modelslim(float_model, tmp_path / "in")
-    npuq_command = [sys.executable, "-m", "npuq"]
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*npuq_command, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+def test_the_command_line(float_model, tmp_path, monkeypatch, capsys):
+    directory = foreign.write_modelslim(float_model, tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["npuq", *map(str, arguments)])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr()
+        return Ended(int(status or 0), said.out, said.err)
 
     planned = run("convert", directory, tmp_path / "out", "--dry-run")
     assert planned.returncode == 0 and "W4A8_DYNAMIC" in planned.stdout and not (tmp_path / "out").exists()

@@ -102,11 +102,11 @@ def test_a_side_file_that_never_ends(refused_early, make_checkpoint):
     assert "tokenizer.json" in refused_early(source)
 
 
-def test_rotary_tables_are_computed_before_the_work(refused_early, make_checkpoint, monkeypatch):
-    def fails(config):
+def test_rotary_tables_are_tried_before_the_work(refused_early, make_checkpoint, monkeypatch):
+    def fails(rope, length):
         raise CheckpointError("config.json: tables of nothing")
 
-    monkeypatch.setattr("npuq.convert.plan.prepare.rope_tables", fails)
+    monkeypatch.setattr("npuq.models.rope.inverse_frequencies", fails)
     assert "tables of nothing" in refused_early(make_checkpoint())
 
 
