@@ -94,8 +94,8 @@ def verify(
         try:
             subject = open_subject(directory, manifest, family)
         except NpuqError as error:
-            problems = [*(hashed.problems() if hashed else ()), str(error)]
-            return Verdict(str(path), tuple(problems), len(files), 0, 0, ())
+            found = (*(hashed.problems() if hashed else ()), str(error))
+            return Verdict(str(path), found, len(files), 0, 0, ())
         stack.enter_context(subject.checkpoint)
         problems = _found(structure_problems, subject)
         problems += _found(table_problems, subject)
