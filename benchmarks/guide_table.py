@@ -36,9 +36,9 @@ SERVERS = (1, 2, 4, 8, 16)
 
 WORKERS = 2
 """Threads of the conversions that the rates are from."""
-RATES = {"F8_E4M3": 0.77e9, "BF16": 1.6e9, "int4": 0.32e9}
+RATES = {"F8_E4M3": 0.77e9, "BF16": 1.6e9, "int4": 0.32e9, "FP4": 0.68e9}
 """Bytes of a source that two cores without VNNI convert in a second, method mse. FP8: as measured. bf16 has two bytes a
-weight, Kimi's int4 half of one, at 0.8 of the rate of weights."""
+weight, Kimi's int4 half of one, at 0.8 of the rate of weights. FP4: 0.88 of FP8's, as on a machine with both."""
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def _form(config: dict[str, Any]) -> str:
     if not stated:
         return "BF16"
     if config.get("expert_dtype") == "fp4":
-        return "FP4"  # no benchmark has its rate
+        return "FP4"
     return "F8_E4M3" if stated.get("quant_method") == "fp8" else "int4"
 
 
