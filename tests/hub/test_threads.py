@@ -121,13 +121,15 @@ def test_no_thread_is_lost_to_an_interruption(starts: Starts, monkeypatch: pytes
 def test_interrupted_while_transfers_start(starts: Starts, after: int) -> None:
     starts.allowed, starts.error = after, KeyboardInterrupt()
     done: list[int] = []
+    release = threading.Event()
 
     def work(item: int) -> None:
-        time.sleep(0.05)
+        release.wait(10)
         done.append(item)
 
     with pytest.raises(KeyboardInterrupt):
         list(in_order(range(100), work, 4))
+    release.set()
     time.sleep(0.2)
     assert len(done) <= after  # what had begun
 

@@ -28,15 +28,15 @@ def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def _decode() -> Decode:
+def _decode(lengths: tuple[tuple[int, int], ...] = LENGTHS) -> Decode:
     generator = np.random.default_rng(5)
-    needed = [-(-keys // BLOCK) for _, keys in LENGTHS]
+    needed = [-(-keys // BLOCK) for _, keys in lengths]
     blocks = generator.permutation(sum(needed)).tolist()
-    table = torch.zeros(len(LENGTHS), max(needed), dtype=torch.int32)
+    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     for row, count in zip(table, needed, strict=True):
         row[:count] = torch.tensor([blocks.pop() for _ in range(count)], dtype=torch.int32)
-    ends = tuple(np.cumsum([queries for queries, _ in LENGTHS]).tolist())
-    return Decode(ends, tuple(keys for _, keys in LENGTHS), table)
+    ends = tuple(np.cumsum([queries for queries, _ in lengths]).tolist())
+    return Decode(ends, tuple(keys for _, keys in lengths), table)
 
 
 def _scales() -> Tensor:
@@ -98,6 +98,29 @@ def test_spans(level: str, dtype: torch.dtype, int8: bool) -> None:
                 tolerance = {"rtol": 2**-6, "atol": 0.02 * float(values.abs().max())}
             torch.testing.assert_close(out[token].double(), expected, **tolerance)
         first += queries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_tokens_that_share_a_task_keep_their_bits(level: str, dtype: torch.dtype, int8: bool, heads: int) -> None:
+    """Each as if alone: over ends in the last tile, into a next span, where spans grow, and before the first key."""
+    one, four = (NativeOps(dtype, threads=threads, level=level) for threads in (1, 4))
+    decode = _decode(((7, 5), (12, 262), (1, 40), (9, 4100)))
+    cache, generator = _cache(one, decode, int8), torch.Generator().manual_seed(7)
+    shape = (decode.q_lens[-1], heads)
+    q_latent, q_rope = (torch.randn(*shape, width, generator=generator).to(dtype) for width in (LATENT, ROPE))
+    out = one.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE)
+    assert torch.equal(out, four.mla.fused_infer_attention_paged(q_latent, q_rope, cache, decode, SCALE))
+    first = 0
+    for end, keys, blocks in zip(decode.q_lens, decode.kv_lens, decode.block_table, strict=True):
+        for token in range(first, end):
+            seen = max(keys - (end - 1 - token), 0)
+            query = slice(token, token + 1)
+            single = Decode((1,), (seen,), blocks[None].contiguous())
+            alone = one.mla.fused_infer_attention_paged(q_latent[query], q_rope[query], cache, single, SCALE)
+            assert torch.equal(alone, out[query]), token
+        first = end
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

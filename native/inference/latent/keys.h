@@ -8,11 +8,16 @@
 #include "common/dtypes.h"
 #include "common/pool.h"
 
-/* Heads that share a task: its keys come from memory once for all of them, and from L2 for all but the first. Their
- * floats stay in L2 too. */
-enum { TASK_HEADS = 32 };
+/* Rows (heads of some tokens) that share a task: its keys come from memory once for all of them, and from L2 for all but the
+ * first. Their floats stay in L2 too. */
+enum { TASK_ROWS = 32 };
 
 struct arithmetic;
+
+/* Tokens of a sequence that share their tasks: each sees one key more than the one before it. */
+struct group {
+    size_t sequence, token, tokens;
+};
 
 struct attention {
     npuq_pool *pool;
@@ -20,7 +25,8 @@ struct attention {
     const struct arithmetic *arithmetic;
     const npuq_latent_cache *cache;
     const char *q_latent, *q_rope;
-    size_t heads, heads_per_task, tasks_per_token;
+    size_t heads, heads_per_task, tokens_per_task, tasks_per_group;
+    struct group *groups;
     size_t spans; /* the most of a query, if its spans are tasks of their own; else 0 */
     void *partial; /* their results: struct running and its `out`, each */
     const int64_t *q_ends, *kv_lens;
@@ -33,24 +39,45 @@ struct attention {
     char *out;
 };
 
-/* A query's keys from number `first` to `end`, for some heads. */
+/* Keys from number `first` to `end`, for some rows: some heads of a token, or all heads of each of several. The first token
+ * sees `seen` keys of its sequence's, each other one more than the token before it. */
 struct span {
-    size_t sequence, token, head, heads, first, end;
-    const int32_t *selected; /* of this token, or NULL */
+    size_t sequence, token, tokens, head, rows, seen, first, end;
+    const int32_t *selected; /* of the only token, or NULL */
 };
 
-/* What some heads have gathered from the keys so far. out: [heads, latent_width]. */
+/* What some rows have gathered from the keys so far. out: [rows, latent_width]. */
 struct running {
-    float largest[TASK_HEADS], total[TASK_HEADS];
+    float largest[TASK_ROWS], total[TASK_ROWS];
     float *out;
 };
 
-/* How a span's keys are merged into what its heads have gathered. `memory`: span_bytes of it, queries first. */
+/* How a span's keys are merged into what its rows have gathered. `memory`: span_bytes of it, queries first. */
 struct arithmetic {
-    size_t (*span_bytes)(const struct attention *attention, size_t heads);
+    size_t (*span_bytes)(const struct attention *attention, size_t rows);
     void (*load_queries)(const struct attention *attention, const struct span *span, void *memory);
     void (*attend_span)(const struct attention *attention, const struct span *span, struct running *in, void *memory);
 };
+
+/* The first of a span's rows, in the call's [tokens, heads]: the others follow it. */
+static inline size_t first_row(const struct attention *attention, const struct span *span) {
+    return span->token * attention->heads + span->head;
+}
+
+/* True if every row of a span sees all of `keys` keys from number `key` on. */
+static inline bool all_see(const struct span *span, size_t key, size_t keys) { return key + keys <= span->seen; }
+
+/* How many of `keys` keys from number `key` on the token of a span's row sees. */
+static inline size_t seen_by(const struct span *span, size_t row, size_t key, size_t keys) {
+    const size_t seen = span->seen + row / (span->rows / span->tokens);
+    return seen <= key ? 0 : seen - key < keys ? seen - key : keys;
+}
+
+/* The end of the rows that are of the same token as `row`. */
+static inline size_t end_of_token(const struct span *span, size_t row) {
+    const size_t heads = span->rows / span->tokens;
+    return (row / heads + 1) * heads;
+}
 
 /* Some keys of one block in NZ layout, and their place in it. */
 struct place {
