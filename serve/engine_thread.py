@@ -13,7 +13,7 @@ from ..errors import GenerationError
 from ..runtime import Inbox, LanguageModel, Piece, Request
 from ..runtime.engine import StepOutput
 
-_GATHER_SECONDS: Final = 0.03
+_GATHER_SECONDS: Final = 0.05
 """Pieces that come within this time are told together, but a generation's first and last: nobody sees the difference,
 and events of fast steps cost less of the processor that the next step needs."""
 
