@@ -240,7 +240,9 @@ def serve(found: Result) -> Lines:
     names = [name.removesuffix(" tokens/s") for name in found["medians"] if name.endswith(" tokens/s")]
     for name in names:
         times = (with_spread(found, f"{name} {what}", 0, 1e3) for what in ("first", "last first"))
-        yield row(f"{name} clients", with_spread(found, f"{name} tokens/s", 1), *times)
+        whole = found["medians"][f"{name} whole"]
+        left = "" if whole == 1 else f", {1 - whole:.0%} of them without an answer in time"
+        yield row(f"{name} clients{left}", with_spread(found, f"{name} tokens/s", 1), *times)
     library = with_spread(found, "library", 1), with_spread(found, "of the library")
     yield row("`generate`, 16 prompts", library[0], f"the server has {library[1]} of it", "")
     if "second of first" in found["medians"]:

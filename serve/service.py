@@ -21,7 +21,7 @@ from .engine_thread import EngineThread, Generation
 from .http.access import Access
 from .http.errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
-from .memory import TRIM_SECONDS, trimmer
+from .memory import TRIM_SECONDS, give_back
 from .metrics import Metrics
 
 P = ParamSpec("P")
@@ -196,11 +196,11 @@ class Service:
 
     async def _give_memory_back(self) -> None:
         """Give free memory back now and then, while there are requests."""
-        trim, seen = trimmer(), 0
+        seen = 0
         while True:
             await asyncio.sleep(TRIM_SECONDS)
             if seen != (seen := self.engine.num_steps):
-                await self.in_thread(trim)
+                await self.in_thread(give_back)
 
     def _check_size(self, request: Request) -> None:
         self.check_count(len(request.prompts), request.params.n)

@@ -3,8 +3,11 @@
     python tests/serve/campaign.py --clients 32 --seconds 300
 
 Clients are the official one, with its own defaults. They stream or not, ask greedily or with a seed, with stop strings
-and several choices, share beginnings of prompts or not, and some leave in the middle. It serves the shipped example in
-a process of its own, and watches the memory of that (`Memory`): a leak of 1 KB a request is found in five minutes.
+and several choices, share beginnings of prompts or not, and some leave in the middle; some want log-probabilities, an
+echo, or JSON by a schema in a chat. It serves the shipped example in a process of its own.
+
+Every 25 seconds the clients rest until the server has given back what it does not need: its memory is read then
+(`Memory`), so a leak of 1 KB a request is found in five minutes. Under load it holds a step's temporaries too.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ import openai
 
 import npuq.runtime
 from npuq.runtime import LanguageModel, SamplingParams
+from npuq.serve.memory import TRIM_SECONDS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-deepseek-v3-fp8"
 BEGINNINGS = [
@@ -34,10 +40,12 @@ BEGINNINGS = [
 ]
 SUBJECTS = ["The law", "A section", "The House of", "In the year", "Its members", "The term", "No person", "A court"]
 
-WINDOW = 12.0
-"""Seconds. The server gives free memory back every 10: the least of a window is what it holds."""
-NOISE = 2 << 20
-"""Bytes by which what it holds differs from window to window: requests that run, and parts of pages."""
+LOAD_SECONDS = 25.0
+"""Between two rests."""
+REST_SECONDS = TRIM_SECONDS + 2
+"""A rest: the server gives its free memory back meanwhile."""
+NOISE = 1 << 20
+"""Bytes by which what it holds differs from rest to rest: parts of pages."""
 LEAK = 512
 """Bytes a request, beyond the noise, that are called a leak."""
 
@@ -62,6 +70,27 @@ def requests() -> list[dict[str, Any]]:
     return made
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"title": {"type": "string", "maxLength": 12}, "year": {"type": "integer", "maximum": 2100}},
+    "required": ["title", "year"],
+    "additionalProperties": False,
+}
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+
+
+def other_requests() -> list[dict[str, Any]]:
+    """Requests that use more of the server than text: their answers alone are the server's own."""
+    made: list[dict[str, Any]] = []
+    for number, subject in enumerate(SUBJECTS):
+        fields: dict[str, Any] = {"model": "w4a8", "max_tokens": 24, "seed": number, "temperature": number % 2}
+        schema = {"type": "json_schema", "json_schema": {"name": "act", "schema": SCHEMA}}
+        made.append({**fields, "messages": [{"role": "user", "content": subject}], "response_format": schema})
+        made.append({**fields, "prompt": subject, "logprobs": 5})
+        made.append({**fields, "prompt": BEGINNINGS[number % 3] + subject, "logprobs": 1, "echo": True})
+    return made
+
+
 def expected(model: LanguageModel, asked: dict[str, Any]) -> list[str]:
     """The texts of a request alone."""
     fields = {name: value for name, value in asked.items() if name not in ("model", "prompt", "max_tokens")}
@@ -75,35 +104,34 @@ def resident(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
 
+@dataclass
 class Memory:
-    """What a server holds, as requests go by. The first third of the time does not count: caches fill."""
+    """What a server holds at its rests, after so many requests; the first third does not count: caches fill.
 
-    def __init__(self) -> None:
-        self._least: dict[int, tuple[int, int]] = {}
+    most: what it held under load before each rest, at most.
+    """
 
-    def note(self, seconds: float, held: int, requests: int) -> None:
-        """Note a look at the server's memory, some seconds after its first request."""
-        window = int(seconds / WINDOW)
-        self._least[window] = min(self._least.get(window, (held, requests)), (held, requests))
+    held: list[tuple[int, int]] = field(default_factory=list)
+    most: list[int] = field(default_factory=list)
 
-    def windows(self) -> list[tuple[int, int]]:
-        """Bytes held and requests answered, of the windows that count; the last one was cut short."""
-        found = [self._least[window] for window in sorted(self._least)][:-1]
-        return found[len(found) // 3 :]
+    @property
+    def counted(self) -> list[tuple[int, int]]:
+        """Bytes held and requests answered, at the rests that count."""
+        return self.held[len(self.held) // 3 :]
 
     def growth(self) -> tuple[float, int]:
-        """Bytes a request, and requests: the median of the slopes between any two windows, which no single step moves.
+        """Bytes a request, and requests: the median of the slopes between any two rests, which no single rest moves.
 
-        Two windows beside each other differ by noise alone, so they are not compared.
+        Two rests beside each other differ by noise alone, so they are not compared.
         """
-        windows = self.windows()
-        far = max(2, len(windows) // 3)
+        rests = self.counted
+        far = max(2, len(rests) // 3)
         slopes = [
             (late - early) / max(1, more - few)
-            for place, (early, few) in enumerate(windows)
-            for late, more in windows[place + far :]
+            for place, (early, few) in enumerate(rests)
+            for late, more in rests[place + far :]
         ]
-        return (statistics.median(slopes), windows[-1][1] - windows[0][1]) if slopes else (0.0, 0)
+        return (statistics.median(slopes), rests[-1][1] - rests[0][1]) if slopes else (0.0, 0)
 
     def leaks(self) -> bool:
         slope, requests = self.growth()
@@ -145,75 +173,97 @@ class Client(threading.Thread):
                     self.wrong.append(f"{asked['prompt'][-20:]!r}: {type(error).__name__}: {error}"[:300])
 
     def _ask(self, client: openai.OpenAI, asked: dict[str, Any], texts: list[str]) -> None:
-        found = [""] * len(texts)
-        if self._random.random() < 0.5:
-            for choice in client.completions.create(**asked).choices:
-                found[choice.index] = choice.text
+        if asked.get("echo") or self._random.random() < 0.5:
+            found = answer(client, asked)
         else:
             leaves = self._random.random() < 0.1
-            with client.completions.create(stream=True, **asked) as stream:
+            found = [""] * len(texts)
+            with _create(client, asked)(stream=True, **asked) as stream:
                 for chunk in stream:
                     if leaves:
                         self.left += 1
                         return
-                    found[chunk.choices[0].index] += chunk.choices[0].text
+                    choice = chunk.choices[0]
+                    found[choice.index] += (choice.delta.content or "") if "messages" in asked else choice.text
         self.done += 1
         if found != texts:
-            self.wrong.append(f"{asked['prompt'][-20:]!r}: {found} is not {texts}"[:600])
+            self.wrong.append(f"{json.dumps(asked)[-200:]}: {found} is not {texts}"[:600])
+
+
+def answer(client: openai.OpenAI, asked: dict[str, Any]) -> list[str]:
+    """The texts of a request's choices."""
+    choices = _create(client, asked)(**asked).choices
+    return [choice.message.content if "messages" in asked else choice.text for choice in choices]
+
+
+def _create(client: openai.OpenAI, asked: dict[str, Any]) -> Any:
+    return client.chat.completions.create if "messages" in asked else client.completions.create
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of load, without the rests")
     parser.add_argument("--model", type=Path, default=EXAMPLE)
     options = parser.parse_args()
     model = npuq.runtime.load(options.model, "cpu")
     with ThreadPoolExecutor(1) as pool:
         cases = [(asked, pool.submit(expected, model, asked).result()) for asked in requests()]
     del model
-    command = [
-        "serve",
-        options.model,
-        "--port",
-        "0",
-        "--served-name",
-        "w4a8",
-        "--cache-size",
-        "64MiB",
-        "--json",
-        "--quiet",
-    ]
-    server = subprocess.Popen([sys.executable, "-m", "npuq", *map(str, command)], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        text = ""
-        while not text.endswith("}\n"):
-            text += server.stdout.readline()
-        url = json.loads(text)["url"]
-        fill_cache(url)
-        until = time.monotonic() + options.seconds
-        clients = [Client(url, cases, until, number) for number in range(options.clients)]
-        for client in clients:
-            client.start()
-        memory, started = Memory(), time.monotonic()
-        while time.monotonic() < until:
-            time.sleep(0.5)
-            memory.note(time.monotonic() - started, resident(server.pid), sum(client.done for client in clients))
-        for client in clients:
-            client.join()
-    finally:
-        server.terminate()
-        code = server.wait(60)
-    wrong = [line for client in clients for line in client.wrong]
-    done, left = sum(client.done for client in clients), sum(client.left for client in clients)
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder, "template.jinja")
+        template.write_text(TEMPLATE, encoding="utf-8")
+        command = ["serve", options.model, "--port", "0", "--served-name", "w4a8", "--cache-size", "64MiB"]
+        command += ["--chat-template", template, "--json", "--quiet"]
+        server = subprocess.Popen([sys.executable, "-m", "npuq", *map(str, command)], stdout=subprocess.PIPE, text=True)
+        try:
+            ran, memory = run(server, cases, options.clients, options.seconds)
+        finally:
+            server.terminate()
+            code = server.wait(60)
+    wrong = [line for client in ran for line in client.wrong]
+    done, left = sum(client.done for client in ran), sum(client.left for client in ran)
     print(f"{done} answers, {left} clients left, {len(wrong)} wrong, exit {code}")
-    print("memory, MiB:", *(f"{held / (1 << 20):.1f}" for held, _ in memory.windows()))
+    print("memory at rest, MiB:", *(f"{held / (1 << 20):.1f}" for held, _ in memory.held))
+    print("under load, at most:", *(f"{most / (1 << 20):.1f}" for most in memory.most))
     slope, counted = memory.growth()
     enough = "" if memory.tells() else ", too few to tell a leak of 1 KB"
     print(f"memory: {slope:+.0f} bytes a request over {counted} requests{enough}")
     print(*wrong[:10], sep="\n")
     return 1 if wrong or memory.leaks() or code or not done else 0
+
+
+def run(
+    server: subprocess.Popen[str], cases: list[tuple[dict[str, Any], list[str]]], number: int, seconds: float
+) -> tuple[list[Client], Memory]:
+    """Let so many clients ask a server that starts: the clients, and its memory."""
+    assert server.stdout is not None
+    text = ""
+    while not text.endswith("}\n"):
+        line = server.stdout.readline()
+        assert line, "the server did not start"
+        text += line
+    url = json.loads(text)["url"]
+    fill_cache(url)
+    with openai.OpenAI(base_url=url, api_key="none") as alone:
+        cases = cases + [(asked, answer(alone, asked)) for asked in other_requests()]
+    clients: list[Client] = []
+    memory = Memory()
+    parts = max(1, round(seconds / LOAD_SECONDS))
+    for part in range(parts):
+        until = time.monotonic() + seconds / parts
+        new = [Client(url, cases, until, part * number + each) for each in range(number)]
+        for client in new:
+            client.start()
+        most = 0
+        while any(client.is_alive() for client in new):
+            most = max(most, resident(server.pid))
+            time.sleep(0.25)
+        clients += new
+        time.sleep(REST_SECONDS)
+        memory.most.append(most)
+        memory.held.append((resident(server.pid), sum(client.done for client in clients)))
+    return clients, memory
 
 
 if __name__ == "__main__":

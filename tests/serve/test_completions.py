@@ -15,7 +15,7 @@ from serving import Running, running
 
 from npuq.runtime import LanguageModel, SamplingParams, evaluate
 from npuq.runtime.sampling.sampler import Sampler
-from npuq.serve import responding
+from npuq.serve import engine_thread, responding
 from npuq.serve.completions.documents import CompletionReply
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
@@ -50,6 +50,18 @@ def test_a_stream_has_the_same_text(client: openai.OpenAI, model: LanguageModel)
     assert all(chunk.choices[0].finish_reason is None for chunk in texts)
     assert usage.choices == [] and usage.usage is not None
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_first_and_the_last_text_wait_for_no_others(
+    client: openai.OpenAI, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All between them come together."""
+    monkeypatch.setattr(engine_thread, "_GATHER_SECONDS", 3600.0)
+    monkeypatch.setattr(responding, "PING_SECONDS", 3600.0)  # a ping brings what waits
+    chunks = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, stream=True))
+    texts = [chunk.choices[0].text for chunk in chunks]
+    assert "".join(texts) == model.generate(PROMPT, max_new_tokens=24, temperature=0).text
+    assert 2 <= len(texts) <= 3  # the end of a fast step may be told with what came before
 
 
 @pytest.mark.parametrize("form", ["texts", "ids"])
