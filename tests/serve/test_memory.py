@@ -52,7 +52,6 @@ def test_a_c_library_without_trim_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     kept = Cycle()
     kept.own, gone = kept, weakref.ref(kept)
     del kept
-    assert gone() is not None
     memory.give_back()
     assert gone() is None
 
