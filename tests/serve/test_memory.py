@@ -6,6 +6,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from npuq.serve import memory
 _HOLES = """
 import os
 from pathlib import Path
-from npuq.serve.memory import trimmer
+from npuq.serve.memory import give_back
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -26,9 +27,13 @@ held = resident()
 del blocks[:-1]
 last = [bytes(64)]  # above the free ones
 before = resident()
-trimmer()()
+give_back()
 print(held, before, resident())
 """
+
+
+class Cycle:
+    own: Cycle
 
 
 def test_free_memory_goes_back() -> None:
@@ -40,11 +45,15 @@ def test_free_memory_goes_back() -> None:
 
 
 def test_a_c_library_without_trim_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(name: Any) -> Any:
-        return object()
-
-    monkeypatch.setattr(ctypes, "CDLL", other)
-    memory.trimmer()()
+    """Garbage is collected all the same."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert memory._found_trim() is None
+    monkeypatch.setattr(memory, "_trim", None)
+    kept = Cycle()
+    kept.own, gone = kept, weakref.ref(kept)
+    del kept
+    memory.give_back()
+    assert gone() is None
 
 
 def test_collections_pass_over_what_there_is() -> None:
