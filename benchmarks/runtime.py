@@ -6,9 +6,10 @@
 
 The model is random: 2.6 GB of DeepSeek-V3 in small, or with `--shape qwen3` 2.2 GB of Qwen3-30B-A3B's layers
 (build/random-small-SHAPE, written once). `--llama-cpp` names the Python of an environment that has llama-cpp-python and
-gguf: the same shape as a GGUF (build/random-small-SHAPE.gguf, written once). `--transformers` runs the same shape in
-bfloat16. Limits: reading a buffer larger than any cache, and torch's fastest int8 product on every shape and row count
-of the prefill. Bytes that a step of many sequences reads are counted from the experts that its tokens were routed to.
+gguf: the same shape as a GGUF (build/random-small-SHAPE.gguf, written once), whose output matrix is in 8 bits, or with
+`--llama-cpp-head BF16` in 16 as npuq's. `--transformers` runs the same shape in bfloat16. Limits: reading a buffer
+larger than any cache, and torch's fastest int8 product on every shape and row count of the prefill.
+Bytes that a step of many sequences reads are counted from the experts that its tokens were routed to.
 All take turns with the same threads, a round each. Figures are medians over the rounds; ratios are computed within a
 round first. On a machine with other work, `--threads 1 --cpu-time` leaves out the time of that work.
 """
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: build/random-small-SHAPE")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="default: build/random-small-SHAPE.gguf")
+    parser.add_argument("--llama-cpp-head", choices=("Q8_0", "BF16"), default="Q8_0", help="npuq's head is BF16")
     parser.add_argument("--transformers", action="store_true", help="needs transformers and 4 GB")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -74,7 +76,9 @@ def main() -> None:
 
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
     directory = options.model or BUILD / "-".join(["random-small", options.shape, *map(str, layers.values())])
-    gguf = options.gguf or BUILD / f"{'-'.join(['random-small', options.shape, *map(str, layers.values())])}.gguf"
+    suffix = "-bf16-head" if options.llama_cpp_head == "BF16" else ""
+    parts = ["random-small", options.shape, *map(str, layers.values())]
+    gguf = options.gguf or BUILD / f"{'-'.join(parts)}{suffix}.gguf"
     if not (directory / "npuq" / "manifest.json").is_file():
         make(directory, {**SHAPES[options.shape], **layers})
     tokens = max([options.prompt, *options.context]) + 2 * options.tokens + 16
@@ -87,6 +91,7 @@ def main() -> None:
     shared += ["--cpu-time"] if options.cpu_time else []
     if options.llama_cpp is not None:
         peer = [str(HERE / "peers/llama_cpp_runtime.py"), str(gguf), "--shape", options.shape]
+        peer += ["--head", options.llama_cpp_head]
         peer += ["--layers", str(options.layers)] if options.layers else []
         peers["llama.cpp"] = [str(options.llama_cpp), *peer, *shared]
     if options.transformers:

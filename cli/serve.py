@@ -153,7 +153,7 @@ def command(
     Over several devices or processes: torchrun --nproc-per-node N -m npuq serve MODEL …
     """
     try:
-        from ..serve.access import Access, loopback_hosts
+        from ..serve.http.access import Access, loopback_hosts
         from ..serve.limits import Limits
         from ..serve.memory import freeze_objects
         from ..serve.server import HttpServer, bind

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ..errors import CheckpointError
 from .attention import AttentionWidths
 from .compressed_attention import SELECTING_RATIO
-from .config_reader import MAX_LAYERS, ConfigReader, shown
+from .config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader, shown
 from .rope_config import Ropes, read_rope
 
 _WINDOW, _SELECTED, _ALL = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -38,7 +38,9 @@ def deepseek_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         stated = config.get(key)
-        if stated is not None and (stated[:layers] if key == "compress_ratios" else stated) != value:
+        if stated is not None and key == "compress_ratios":  # of the drafts too
+            stated = read.numbers(key, MAX_POSITIONS)[:layers]
+        if stated is not None and stated != value:
             raise CheckpointError(
                 f"config.json: {key} {shown(stated)} and transformers' keys, which give {shown(value)}, disagree: keep "
                 "one of both spellings"

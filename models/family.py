@@ -70,6 +70,7 @@ class Entry:
     when: a word of `conditions`, evaluated for each layer. optional: a word of them where the tensor may be absent even
     so; "never" holds nowhere.
     dtype: the safetensors code that the tensor keeps in every checkpoint and artifact; None: any.
+    indices: the tensor's integers are indices from 0 up to this word of `sizes`, exclusive.
     fused: the first part of the parameter into which engines fuse this one.
     row_parallel: tensor-parallel ranks split the inputs, so that W4A8 keeps one scale_bias a slice.
     """
@@ -85,6 +86,7 @@ class Entry:
     when: str = "always"
     optional: str = "never"
     dtype: str | None = None
+    indices: str | None = None
     fused: str | None = None
     row_parallel: bool = False
 

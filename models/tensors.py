@@ -26,6 +26,7 @@ class Spec:
     block: Block | None = None
     entry: Entry | None = None
     optional: bool = False  # a checkpoint may leave it out
+    indices: int | None = None  # its integers are from 0 to this number, exclusive
 
     @property
     def row_parallel(self) -> bool:
@@ -93,7 +94,9 @@ class ModelTensors:
         shape = tuple([numbers[word] for word in entry.shape])
         optional = entry.optional != "never" and entry.optional in conditions(self.config, layer)
         name = self.family.scope(self.config.num_hidden_layers, layer, expert) + entry.name
-        return Spec(name, entry.role.in_mtp if mtp else entry.role, shape, layer, expert, block, entry, optional)
+        role = entry.role.in_mtp if mtp else entry.role
+        indices = None if entry.indices is None else numbers[entry.indices]
+        return Spec(name, role, shape, layer, expert, block, entry, optional, indices)
 
 
 def expected_specs(config: ModelConfig, mtp_layers: Iterable[int]) -> dict[str, Spec]:

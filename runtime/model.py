@@ -56,7 +56,7 @@ class Model:
 
     def begin(self, embedded: Tensor) -> Residual:
         """The residual before the first layer. embedded: rows of the embedding, compute dtype `[T, H]`."""
-        return self.residual(embedded.repeat(1, self._streams))
+        return self.residual(embedded if self._streams == 1 else embedded.repeat(1, self._streams))
 
     def residual(self, values: Tensor) -> Residual:
         """The residual of some tokens with these `Residual.values`."""

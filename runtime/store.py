@@ -22,6 +22,7 @@ from ..formats.artifact import DESCRIPTION_NAME, description_path, is_own, read_
 from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import BIAS, BIAS_COLUMNS, DEQ_SCALE, QUANT_BIAS, SCALE, WEIGHT, Scheme
 from ..formats.sources.described import described_linear
+from ..formats.sources.integer_tables import check_indices
 from ..formats.sources.opening import open_weights
 from ..formats.sources.stored_linear import StoredLinear
 from ..formats.sources.ties import share_tied
@@ -166,10 +167,10 @@ def _table(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], most: int,
             f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; config.json says I64 {list(shape)}"
         )
     table = checkpoint.view(name)
-    least, greatest = (int(bound) for bound in table.aminmax())
-    if least < 0 or greatest >= most:
-        wrong = least if least < 0 else greatest
-        raise kind(f"{info.file}: tensor {name!r} has the number {wrong}, and config.json {most} experts: get it again")
+    try:
+        check_indices(table, most, name, info.file)
+    except CheckpointError as error:
+        raise kind(str(error)) from error
     return table
 
 

@@ -25,8 +25,11 @@ def to_device(tree: Tree, device: torch.device, pinned: bool, into: Tensor | Non
 
     pinned: pack in page-locked memory, from which the device copies while the host goes on. torch's allocator keeps the
     memory until the copy is done.
-    into: uint8 on the device, of `packed_size` or more, to be overwritten; None allocates.
+    into: uint8 on the device, of `packed_size` or more, to be overwritten; None allocates. With neither `pinned` nor
+    `into`, what is on the CPU and stays there is left as it is.
     """
+    if into is None and not pinned and device.type == "cpu":
+        return tree
     host = torch.empty(packed_size(tree), dtype=torch.uint8, pin_memory=pinned)
     for tensor, place in _places(tree, host):
         place.copy_(tensor)

@@ -21,12 +21,12 @@ from starlette.routing import Route
 
 from ..errors import NpuqError
 from ..inputs.printable import error_line
-from .access import Gate
-from .bodies import read_body
 from .chat.endpoint import chat_completions
-from .completions import completions
-from .documents import json_response
-from .errors import ApiError, bad_request
+from .completions.endpoint import completions
+from .http.access import Gate
+from .http.bodies import read_body
+from .http.documents import json_response
+from .http.errors import ApiError, bad_request
 from .page.document import page
 from .responding import ClientGoneError
 from .service import Service

@@ -8,7 +8,7 @@ import msgspec
 
 from ..errors import GenerationError
 from ..runtime import SamplingParams
-from .errors import bad_request
+from .http.errors import bad_request
 from .limits import MOST_BIASES, MOST_STOP_CHARACTERS, MOST_STOPS, Limits
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
-from ..runtime import Completion, Piece, Request
+from ..runtime import Completion, Piece, Request, TokenLogprobs
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -56,9 +56,14 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, decoded and checked. stream, include_usage: how it is answered. reply: by what documents."""
+    """A request, decoded and checked.
+
+    stream, include_usage: how it is answered. reply: by what documents. prompt_chunk: makes the one of a completion's
+    prompt, from its number and the prompt's log-probabilities, where a stream has it before the completion's pieces.
+    """
 
     request: Request
     reply: Reply
     stream: bool = False
     include_usage: bool = False
+    prompt_chunk: Callable[[int, Sequence[TokenLogprobs]], Any] | None = None

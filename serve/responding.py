@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -13,11 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import GenerationError
 from ..inputs.printable import error_line
-from ..runtime import Completion, Piece
-from .access import Record, record_of
-from .documents import DONE, PING, events, json_response
+from ..runtime import Completion, Piece, Request
 from .engine_thread import Generation
-from .errors import ApiError, EndedError, failure
+from .http.access import Record, record_of
+from .http.documents import DONE, PING, events, json_response
+from .http.errors import ApiError, EndedError, failure
 from .limits import PING_SECONDS
 from .reply import Asked, Usage
 from .service import Service
@@ -34,19 +35,25 @@ class ClientGoneError(Exception):
 
 async def respond(service: Service, http: HttpRequest, asked: Asked) -> Response:
     """Admit a request and answer it. The body of `http` has been read. Raises ApiError for one that is refused."""
-    answer = _Answer(service, service.admit(asked.request, as_one=not asked.stream), asked, record_of(http.scope))
-    if service.log_prompts:
-        for prompt in asked.request.prompts:
-            service.log(f"{record_of(http.scope).id} prompt: {service.model.tokenizer.decode(prompt)}")
-    if asked.stream:
-        return _StreamedAnswer(answer)
-    try:
-        document = await _while_connected(http.receive, answer.whole())
-    except GenerationError as error:
-        raise failure(error, service.failure_status) from None
-    finally:
-        answer.end()
+    record = record_of(http.scope)
+    answer = _Answer(service, service.admit(asked.request, as_one=not asked.stream), asked, record)
+    with ExitStack() as ending:
+        ending.callback(answer.end)
+        if service.log_prompts:
+            await service.in_thread(_log_prompts, service, asked.request, record)
+        if asked.stream:
+            ending.pop_all()
+            return _StreamedAnswer(answer)
+        try:
+            document = await _while_connected(http.receive, answer.whole())
+        except GenerationError as error:
+            raise failure(error, service.failure_status) from None
     return json_response(document)
+
+
+def _log_prompts(service: Service, request: Request, record: Record) -> None:
+    for prompt in request.prompts:
+        service.log(f"{record.id} prompt: {service.model.tokenizer.decode(prompt)}")
 
 
 class _Answer:
@@ -58,6 +65,7 @@ class _Answer:
         self._asked = asked
         self._record = record
         self._done: dict[int, Completion] = {}
+        self._begun: set[int] = set()  # completions whose prompt was written
         self._last = 0.0
         seconds = service.limits.request_seconds
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._out_of_time) if seconds else None
@@ -81,7 +89,10 @@ class _Answer:
                 self._watch(pieces)
                 if not pieces:
                     yield PING
-                elif chunks := events(reply.chunks(pieces)):
+                    continue
+                async for prompt in self._prompts(pieces):
+                    yield prompt
+                if chunks := events(reply.chunks(pieces)):
                     yield chunks
         except GenerationError as error:
             yield events([failure(error, self.service.failure_status).body()])
@@ -92,6 +103,21 @@ class _Answer:
             return
         usage = events([reply.usage_chunk(self._usage())]) if self._asked.include_usage else b""
         yield usage + DONE
+
+    async def _prompts(self, pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
+        """Prompts with their log-probabilities, each before the first of these pieces of its completion."""
+        chunk, sequences, n = self._asked.prompt_chunk, self._generation.sequences, self._asked.request.params.n
+        if chunk is None:
+            return
+        for index in dict.fromkeys(piece.index for piece in pieces):
+            if index in self._begun:
+                continue
+            self._begun.add(index)
+            found = sequences[index - index % n].prompt_logprobs or ()
+            if len(found) <= _FEW_TOKENS:
+                yield events([chunk(index, found)])
+            else:
+                yield await self.service.in_thread(lambda index, found: events([chunk(index, found)]), index, found)
 
     def end(self) -> None:
         """End the generation, where it still runs, and note how it went."""

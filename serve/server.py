@@ -17,7 +17,7 @@ import uvicorn
 
 from ..inputs.printable import error_line
 from .app import make_app
-from .protocol import Protocol
+from .http.protocol import Protocol
 from .service import Service
 
 _HEADER_BYTES: Final = 64 << 10

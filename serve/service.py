@@ -16,10 +16,10 @@ import anyio.to_thread
 from ..errors import GenerationError
 from ..runtime import LanguageModel, Request, SamplingParams
 from ..runtime.text.replies.formats import ReplyFormat
-from .access import Access
 from .chat.conversations import Conversations
 from .engine_thread import EngineThread, Generation
-from .errors import ApiError, EndedError, bad_request
+from .http.access import Access
+from .http.errors import ApiError, EndedError, bad_request
 from .limits import MOST_RETRY_SECONDS, Limits
 from .memory import TRIM_SECONDS, trimmer
 from .metrics import Metrics

@@ -6,7 +6,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from .. import __version__
-from .documents import json_response
+from .http.documents import json_response
 from .metrics import CONTENT_TYPE
 from .service import Service
 

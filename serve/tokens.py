@@ -9,9 +9,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..runtime.engine import check_token_ids
-from .bodies import decode
-from .documents import json_response
 from .fields import TokenId
+from .http.bodies import decode
+from .http.documents import json_response
 from .service import Service
 
 

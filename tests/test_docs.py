@@ -16,7 +16,7 @@ from npuq.models.families import FAMILIES
 from npuq.serve import limits
 from npuq.serve.app import ENDPOINTS
 from npuq.serve.chat.request import ChatRequest
-from npuq.serve.completions import CompletionRequest
+from npuq.serve.completions.request import CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,6 +13,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.schemes import SUFFIXES, OutputTensor, Scheme, output_tensors
 from ..formats.sources.described import described_linear
 from ..formats.sources.float_weights import PlainWeight
+from ..formats.sources.integer_tables import checked_table, with_checked_tables
 from ..formats.sources.model_config import read_model_config
 from ..formats.sources.opening import open_weights
 from ..formats.sources.ties import share_tied
@@ -78,7 +79,7 @@ class Subject:
             if info is None or (info.dtype, info.shape) != (output.dtype, output.shape):
                 return None
         if self.schemes[spec.name] is Scheme.FLOAT:
-            return PlainWeight(self.checkpoint, tensors[spec.name])
+            return checked_table(PlainWeight(self.checkpoint, tensors[spec.name]), spec)
         return described_linear(self.checkpoint, self.described, spec.name)
 
     def nbytes(self, spec: Spec) -> int:
@@ -116,6 +117,7 @@ def _foreign(checkpoint: Checkpoint, config: ModelConfig, described: Mapping[str
     tied = share_tied(checkpoint)
     source = open_weights(checkpoint)
     specs = take_inventory(config, source.weights).specs
+    source = with_checked_tables(source, specs)
     return Subject(checkpoint, config, specs, (), described, source.schemes, Target.ENGINES, None, source.weights, tied)
 
 

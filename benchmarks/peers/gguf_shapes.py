@@ -14,17 +14,21 @@ SIGMOID = 2  # gguf.ExpertGatingFuncType
 
 @dataclass(frozen=True)
 class Shape:
-    """A model. settings: `GGUFWriter.add_<name>(value)`. layer: the tensors of a layer."""
+    """A model. settings: `GGUFWriter.add_<name>(value)`. layer: the tensors of a layer.
+
+    head: type of the output matrix.
+    """
 
     architecture: str
     layers: int
     settings: dict[str, Any]
     layer: Callable[[int], Tensors]
+    head: str = "Q8_0"
 
     def tensors(self) -> Tensors:
         found: Tensors = [
             ("token_embd", (VOCABULARY, HIDDEN), "Q8_0"),
-            ("output", (VOCABULARY, HIDDEN), "Q8_0"),
+            ("output", (VOCABULARY, HIDDEN), self.head),
             ("output_norm", (HIDDEN,), "F32"),
         ]
         for number in range(self.layers):

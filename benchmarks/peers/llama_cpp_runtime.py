@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, help="default: build/random-small-SHAPE.gguf")
     parser.add_argument("--shape", choices=SHAPES, default="v3")
     parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
+    parser.add_argument("--head", choices=("Q8_0", "BF16"), default="Q8_0", help="type of the output matrix")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40, help="decode steps that are timed")
@@ -36,7 +37,10 @@ def main() -> None:
     shape = SHAPES[options.shape]
     if options.layers:
         shape = replace(shape, layers=options.layers, settings={**shape.settings, "block_count": options.layers})
-    model = options.model or build / f"{'-'.join(['random-small', options.shape, *_number(options.layers)])}.gguf"
+    shape = replace(shape, head=options.head)
+    suffix = "-bf16-head" if options.head == "BF16" else ""
+    parts = ["random-small", options.shape, *_number(options.layers)]
+    model = options.model or build / f"{'-'.join(parts)}{suffix}.gguf"
     if not model.exists():
         model.parent.mkdir(parents=True, exist_ok=True)
         write_model(model, shape, with_texts=options.write_text)
@@ -79,6 +83,10 @@ def write_model(path: Path, model: Shape, *, with_texts: bool = False) -> None:
             writer.add_tensor(name, values.astype(np.float32))
             return
         code = gguf.GGMLQuantizationType[kind]
+        if kind == "BF16":
+            values = (generator.standard_normal(shape) * 0.02).astype(np.float32)
+            writer.add_tensor(name, (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8), raw_dtype=code)
+            return
         block, nbytes = gguf.GGML_QUANT_SIZES[code]
         count = int(np.prod(shape)) // block
         blocks = np.resize(pool, count * nbytes).reshape(count, nbytes).copy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,19 +70,19 @@ class Transcript:
         if os.path.lexists(path) and path.absolute() not in self._own_files:
             raise GenerationError(f"{path}: exists already; save to another name")
         text = json.dumps({"messages": self.messages()}, indent=2, ensure_ascii=False)
-        unfinished = None
+        unfinished = path.parent / f".npuq-{secrets.token_hex(8)}.json"
         try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                unfinished = Path(file.name)
+            with open(unfinished, "x", encoding="utf-8", opener=_private) as file:
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
-        except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
-            if unfinished is not None:
-                with suppress(OSError):
-                    unfinished.unlink()
-            raise GenerationError(f"{path}: cannot be written: {reason(cause)}") from cause
+        except BaseException as cause:  # Ctrl-C too
+            with suppress(OSError, ValueError):
+                unfinished.unlink()
+            if isinstance(cause, (OSError, ValueError)):  # ValueError: a NUL in the name
+                raise GenerationError(f"{path}: cannot be written: {reason(cause)}") from cause
+            raise
         self._own_files.add(path.absolute())
 
     def load(self, path: Path) -> None:
@@ -103,6 +103,11 @@ class Transcript:
         self.system, self.turns, self.unanswered = system, messages, unanswered
         # As it was read, it may be written again.
         self._own_files.add(path.absolute())
+
+
+def _private(name: str, flags: int) -> int:
+    """Open a file that its owner alone may read."""
+    return os.open(name, flags, 0o600)
 
 
 def _message(value: Any, where: str) -> dict[str, str]:

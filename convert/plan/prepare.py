@@ -18,7 +18,7 @@ from ...formats.artifact import FORMAT_VERSION
 from ...formats.checkpoint import CONFIG_NAME, Checkpoint, index_path
 from ...formats.schemes import Scheme
 from ...formats.sources.draft_heads import missing_heads, with_heads
-from ...formats.sources.integer_tables import check_tables
+from ...formats.sources.integer_tables import with_checked_tables
 from ...formats.sources.model_config import read_model_config
 from ...formats.sources.opening import open_weights
 from ...formats.sources.rewritten import rewritten
@@ -163,7 +163,7 @@ def prepare(
             heads = missing_heads(source, config)
             source = with_heads(source, config)
         inventory = take_inventory(config, source.weights)
-        check_tables(inventory.specs, source.weights)
+        source = with_checked_tables(source, inventory.specs)
         assignments = resolve(resolved, inventory.specs, config.num_hidden_layers, stored)
         check_recipe(resolved, inventory.specs, assignments)
         assignments = _data_free_outside_walk(config, inventory, assignments, resolved)

@@ -117,7 +117,7 @@ _ROUTER = (
     Entry("router", "ffn.gate.weight", Role.ROUTER, ("experts", "hidden"), reads=("mlp_input",), when="moe"),
     Entry("router_bias", "ffn.gate.bias", Role.ROUTER_BIAS, ("experts",), "vector", when="router_bias", dtype="F32"),
     Entry("router_table", "ffn.gate.tid2eid", Role.ROUTER_TABLE, ("vocab", "chosen"), "lookup", when="router_table",
-          dtype="I64"),
+          dtype="I64", indices="experts"),
 )  # fmt: skip
 
 _MTP = (

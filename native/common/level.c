@@ -2,6 +2,7 @@
  * -DNPUQ_LEVEL_NAME=<name> (and -DNPUQ_LEVEL_AVX512, _AVX2 or _NEON, none for portable C; with _BF16 or _I8MM where it has
  * more instructions). */
 #include "inference/kernels/paged_attention.h"
+#include "inference/kernels/bf16_gemm.h"
 #include "inference/kernels/int8_attention.h"
 #include "inference/kernels/likelihoods.h"
 #include "calibrate/descent.h"
@@ -53,6 +54,7 @@ const struct kernels JOIN(kernels_, NPUQ_LEVEL_NAME) = {
     .multiply_row = multiply_row,
     .weigh_relu = weigh_relu,
 #if defined(NPUQ_LEVEL_BF16)
+    .dot_bf16 = dot_bf16,
     .bf16_scores = bf16_scores,
     .bf16_softmax = bf16_softmax,
     .bf16_weigh = bf16_weigh,

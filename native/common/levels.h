@@ -95,6 +95,9 @@ struct kernels {
     /* acc[t · ldacc + r] = Σ_k w[r · ldw + k] · x[t · ldx + k]. */
     void (*dot_float)(const void *w, int w_dtype, size_t ldw, size_t rows, const float *x, size_t ldx, size_t tokens,
                       size_t k, float *acc, size_t ldacc, struct following following);
+    /* The same of bf16 rows [tokens, k] and weights [rows, k]; NULL at levels without such products. See bf16_gemm.h. */
+    void (*dot_bf16)(const uint16_t *w, size_t rows, const uint16_t *x, size_t tokens, size_t k, float *acc, size_t ldacc,
+                     struct following following);
     /* out[t · ldout + c] = Σ_a x[t · ldx + a] · w[a · ldw + c]. */
     void (*axpy_float)(const void *w, int w_dtype, size_t ldw, size_t a, size_t cols, const float *x, size_t ldx,
                        size_t tokens, float *out, size_t ldout);

@@ -46,6 +46,7 @@ struct npuq_pool {
     _Alignas(ALIGNMENT) atomic_uint generation; /* grows with every region, so that a worker joins each one once */
     atomic_int sleepers;
     atomic_bool stopping;
+    struct succession *succession;
     pthread_mutex_t sleep_lock;
     pthread_cond_t wake;
 };
@@ -66,10 +67,12 @@ static void work(npuq_pool *pool, int thread) {
     }
 }
 
-static unsigned await_generation(npuq_pool *pool, unsigned seen) {
+static unsigned await_generation(npuq_pool *pool, int thread, unsigned seen) {
+    struct fetch fetch = fetch_of(pool->succession, thread);
     for (int spin = 0; spin < SPINS; spin++) {
         unsigned now = atomic_load_explicit(&pool->generation, memory_order_acquire);
         if (now != seen) return now;
+        fetch_some(&fetch);
         relax();
     }
     pthread_mutex_lock(&pool->sleep_lock);
@@ -87,7 +90,7 @@ static void *worker_main(void *argument) {
     npuq_pool *pool = self->pool;
     unsigned seen = 0;
     for (;;) {
-        seen = await_generation(pool, seen);
+        seen = await_generation(pool, self->index, seen);
         if (atomic_load(&pool->stopping)) return NULL;
         /* A worker that comes late finds the gate shut and leaves: the caller never waits for one to wake up. */
         if (atomic_fetch_add_explicit(&pool->gate, 1, memory_order_acq_rel) & GATE_OPEN) work(pool, self->index);
@@ -118,10 +121,16 @@ void pool_run(npuq_pool *pool, pool_task task, const void *context, size_t count
     announce(pool);
     work(pool, 0);
     atomic_fetch_and_explicit(&pool->gate, ~GATE_OPEN, memory_order_acq_rel);
+    struct fetch fetch = fetch_of(pool->succession, 0);
     for (int spin = 0; atomic_load_explicit(&pool->gate, memory_order_acquire) != 0; spin++) {
+        fetch_some(&fetch);
         if (spin < SPINS) relax();
         else usleep(10); /* a worker lost its core in mid-task: leave this one to it */
     }
+}
+
+void pool_note(npuq_pool *pool, const void *product, struct weights_read read) {
+    note_product(pool->succession, product, read);
 }
 
 void pool_begin(npuq_pool *pool) {
@@ -189,7 +198,8 @@ npuq_pool *npuq_pool_create(int threads, int level) {
     pthread_cond_init(&pool->wake, NULL);
     pool->scratch = calloc((size_t)threads, sizeof *pool->scratch);
     pool->workers = calloc((size_t)threads, sizeof *pool->workers);
-    if (pool->scratch == NULL || pool->workers == NULL) {
+    pool->succession = calloc(1, sizeof *pool->succession);
+    if (pool->scratch == NULL || pool->workers == NULL || pool->succession == NULL) {
         npuq_pool_destroy(pool);
         return NULL;
     }
@@ -215,6 +225,7 @@ void npuq_pool_destroy(npuq_pool *pool) {
     for (int thread = 0; pool->scratch != NULL && thread < pool->threads; thread++) free(pool->scratch[thread].data);
     free(pool->shared.data);
     for (int depth = 0; depth < POOL_DEPTH; depth++) free(pool->workspace[depth].data);
+    free(pool->succession);
     free(pool->scratch);
     free(pool->workers);
     pthread_cond_destroy(&pool->wake);

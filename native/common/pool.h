@@ -3,6 +3,7 @@
 #define NPUQ_COMMON_POOL_H
 
 #include "common/levels.h"
+#include "common/succession.h"
 #include "npuq.h"
 
 /* Runs task `index` on thread `thread` (0 is the caller). */
@@ -26,6 +27,10 @@ void *pool_shared_scratch(const npuq_pool *pool);
 
 /* `bytes` that the calls inside this one leave alone (64-byte aligned, kept between calls); NULL: no memory. */
 void *pool_workspace(npuq_pool *pool, size_t bytes);
+
+/* Says what the next region reads of stored weights. `product` names it from step to step. Threads without a task then
+ * fetch what followed it before. Between begin and end. */
+void pool_note(npuq_pool *pool, const void *product, struct weights_read read);
 
 /* Runs all `count` tasks and returns when they are done. */
 void pool_run(npuq_pool *pool, pool_task task, const void *context, size_t count);

@@ -14,7 +14,7 @@ from ...runtime.sampling.structured.compiler import GrammarCompiler, MakeGrammar
 from ...runtime.sampling.structured.constraint import Constraint, constrain
 from ...runtime.text.conversation import TemplateLimitError
 from ...runtime.text.replies.formats import ReplyFormat
-from ..errors import bad_request
+from ..http.errors import bad_request
 from .messages import template_messages, template_variables
 from .request import ChatRequest
 from .tools import Offer, described, offer

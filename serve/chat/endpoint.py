@@ -5,10 +5,10 @@ from __future__ import annotations
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..access import record_of
-from ..bodies import decode, unknown_fields
-from ..errors import bad_request
 from ..fields import sampling_params
+from ..http.access import record_of
+from ..http.bodies import decode, unknown_fields
+from ..http.errors import bad_request
 from ..reply import Asked
 from ..responding import respond
 from ..service import Service

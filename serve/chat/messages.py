@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ...inputs.printable import shown
-from ..errors import bad_request
+from ..http.errors import bad_request
 from .request import ChatMessage, ContentPart
 
 _TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text"})

@@ -10,7 +10,7 @@ import msgspec
 
 from ...inputs.printable import error_line, shown
 from ...runtime.text.replies.tools import Tool
-from ..errors import bad_request
+from ..http.errors import bad_request
 from .request import ChatRequest, ToolChoice, ToolSpec
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..errors import ApiError
+from ..http.errors import ApiError
 from ..service import Service
 
 _FOLDER: Final = Path(__file__).parent

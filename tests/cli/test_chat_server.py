@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from json_schemas import check
 from scripted_server import ASKED, DONE, HANG, STREAM, ScriptedServer, delta, document, event
 from terminal_process import TerminalProcess
+
+from npuq.cli.conversation.transcript import Transcript
+from npuq.errors import GenerationError
 
 MODELS = [document("200 OK", {"data": [{"id": "tiny", "max_model_len": 4096}]})]
 USAGE = {"prompt_tokens": 300, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 256}}
@@ -283,6 +288,27 @@ def test_commands_change_the_conversation(serve, chat, tmp_path) -> None:
     # Another conversation's file is kept.
     code, _, err = chat(f"/save {saved}\n", serve(MODELS).url)
     assert code == 1 and "exists already" in err
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the disk is slow, before the file has its name."""
+
+    def interrupted(number: int) -> None:
+        raise KeyboardInterrupt
+
+    transcript = Transcript()
+    transcript.answered("one", "two", "")
+    transcript.save(tmp_path / "saved.json")
+    assert (tmp_path / "saved.json").stat().st_mode & 0o777 == 0o600
+    before = (tmp_path / "saved.json").read_bytes()
+    transcript.answered("three", "four", "")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        transcript.save(tmp_path / "saved.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.json"]
+    assert (tmp_path / "saved.json").read_bytes() == before
+    with pytest.raises(GenerationError, match="cannot be written"):
+        transcript.save(tmp_path / "no folder" / "saved.json")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from engine_rig import sglang_engine as engine  # noqa: E402
 from engine_rig.common_checks import CommonChecks  # noqa: E402
 from engine_rig.conformance import ConformanceError, compare, load, quantized_linears  # noqa: E402
 from engine_rig.corruption import corrupt  # noqa: E402
-from engine_rig.models import ARTIFACTS, CONFIGS, STATIC, placements  # noqa: E402
+from engine_rig.models import ARTIFACTS, CONFIGS, STATIC, V4, placements  # noqa: E402
+from sglang.srt.environ import envs  # noqa: E402
 
-DRAFTS = ("v3-mtp", "v32", "glm-5", "glm-5.2")
+DRAFTS = ("v3-mtp", "v32", "glm-5", "glm-5.2", V4)
 
 
 class TestAsTheOtherEngine(CommonChecks):
@@ -58,12 +59,7 @@ def test_float_experts_are_refused(artifact, tmp_path):
         load(engine, corrupt(artifact("v3-mtp"), tmp_path / "float", tag), 1)
 
 
-def test_schemes_of_deepseek_v4_are_found(tmp_path):
-    """Under the names of its classes, from the release's; the experts' method is the one for W4A8."""
-    from engine_rig.v4_description import describe, differing
-    from sglang.srt.layers.quantization.modelslim.modelslim import ModelSlimConfig
-
-    config = ModelSlimConfig.from_config(describe(tmp_path))
-    assert differing(config.quant_description) == []
-    experts = config.get_moe_scheme(None, "model.layers.0.mlp.experts")
-    assert [type(scheme).__name__ for scheme in experts] == ["ModelSlimW4A8Int8MoE"] * 2
+def test_deepseek_v4_does_not_load_with_wq_a_and_wkv_fused(artifact):
+    """The default, for GPUs: the fused linear has no name in a description, and no place for int8."""
+    with envs.SGLANG_OPT_FUSE_WQA_WKV.override(True), pytest.raises(AssertionError, match="dtype"):
+        load(engine, artifact(V4), 1)

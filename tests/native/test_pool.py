@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -50,6 +52,24 @@ def test_pools_come_and_go() -> None:
     for threads in (1, 2, 7, 2, 1) * 5:
         ops = NativeOps(threads=threads)
         assert ops.norms.dynamic_quant(torch.ones(3, 5)).codes.eq(127).all()
+
+
+def test_weights_that_followed_may_be_gone() -> None:
+    """Waiting threads fetch what followed a product the last time, in memory that may have been unmapped since."""
+    ops = NativeOps(threads=3)
+    x = torch.randn(1, 1024)
+    lasting = ops.weights.float_linear([torch.randn(512, 1024)])
+    memory = mmap.mmap(-1, 512 * 1024 * 4)
+    passing = ops.weights.float_linear([torch.frombuffer(memory, dtype=torch.float32).view(512, 1024)])
+    expected = ops.products.linear(x, lasting)
+    for _ in range(50):
+        ops.products.linear(x, passing)
+        ops.products.linear(x, lasting)
+    del passing
+    memory.close()
+    for _ in range(50):
+        assert torch.equal(ops.products.linear(x, lasting), expected)
+        time.sleep(1e-4)  # as long as threads wait before they sleep
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -25,6 +25,11 @@ def ops(request: pytest.FixtureRequest) -> NativeOps:
     return NativeOps(threads=2, level=request.param)
 
 
+@pytest.fixture(params=LEVELS, scope="module")
+def bf16_ops(request: pytest.FixtureRequest) -> NativeOps:
+    return NativeOps(torch.bfloat16, threads=2, level=request.param)
+
+
 @given(seed=st.integers(0, 2**31), m=st.integers(0, 60), n=st.integers(1, 50), k=SIZES, offset=st.integers(0, 3))
 def test_w8a8_is_exact(ops: NativeOps, seed: int, m: int, n: int, k: int, offset: int) -> None:
     generator = np.random.default_rng(seed)
@@ -121,6 +126,19 @@ def test_float_products(ops: NativeOps, seed: int, m: int, n: int, k: int, dtype
     # A float32 sum of k terms of size 1: the error grows with √k, and 1e-6 · k bounds it by far.
     out = ops.products.linear(x, ops.weights.float_linear([weight]))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6 * k)
+
+
+@given(seed=st.integers(0, 2**31), m=st.integers(1, 20), n=st.integers(1, 40), k=SIZES)
+def test_products_of_bf16_rows(bf16_ops: NativeOps, seed: int, m: int, n: int, k: int) -> None:
+    """Some levels multiply them as they are. A row's outputs are the same bits whatever rows are beside it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).bfloat16()
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    handle = bf16_ops.weights.float_linear([weight])
+    out = bf16_ops.products.linear(x, handle)
+    torch.testing.assert_close(out.double(), x.double() @ weight.double().T, rtol=2**-8, atol=1e-6 * k)
+    row = seed % m
+    assert torch.equal(bf16_ops.products.linear(x[row : row + 1], handle), out[row : row + 1])
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -55,6 +57,21 @@ def test_a_step_without_cached_tokens_has_nothing_to_merge() -> None:
     assert step.prefill is not None and step.prefill.segments == () == step.prefill.merges
 
 
+@contextmanager
+def page_locked(steps: StepBuilder) -> Iterator[list[bool]]:
+    """Make a builder ask for page-locked memory, which takes a device; it gets other memory. Gives what was asked."""
+    asked = []
+    original = torch.empty
+
+    def noting(*args: object, pin_memory: bool, **kwargs: object) -> Tensor:
+        asked.append(pin_memory)
+        return original(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
+
+    steps._ops.pinned = True
+    with mock.patch.object(torch, "empty", noting):
+        yield asked
+
+
 def test_all_inputs_of_a_step_are_one_copy() -> None:
     copies: list[tuple[Tensor, dict[str, object]]] = []
     original = Tensor.to
@@ -64,8 +81,9 @@ def test_all_inputs_of_a_step_are_one_copy() -> None:
         return original(tensor, *args, **kwargs)  # type: ignore[call-overload, no-any-return]
 
     steps = builder()
-    with mock.patch.object(Tensor, "to", noting):
+    with page_locked(steps) as asked, mock.patch.object(Tensor, "to", noting):
         step, _ = steps.build([chunk(150, 8, 10), chunk(20, 4, 30), chunk(9, 1, 60), chunk(0, 5)])
+    assert asked == [True]
     ((packed, options),) = copies
     assert options == {"non_blocking": True} and packed.dtype is torch.uint8
     assert step.decode is not None and step.prefill is not None
@@ -76,21 +94,10 @@ def test_all_inputs_of_a_step_are_one_copy() -> None:
     assert all(tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0 for tensor in tensors if tensor is not None)
 
 
-def test_inputs_come_from_page_locked_memory_where_the_backend_asks_for_it() -> None:
-    asked = []
-    original = torch.empty
-
-    def noting(*args: object, pin_memory: bool, **kwargs: object) -> Tensor:
-        asked.append(pin_memory)  # which takes a device
-        return original(*args, **kwargs)  # type: ignore[call-overload, no-any-return]
-
-    ops = ReferenceOps(torch.float32)
-    ops.pinned = True
+def test_inputs_stay_where_they_are_on_the_cpu() -> None:
     steps = builder()
-    steps._ops = ops
-    with mock.patch.object(torch, "empty", noting):
-        steps.build([chunk(9, 1)])
-    assert asked == [True]
+    made, _ = steps.inputs([chunk(9, 1)])
+    assert steps.to_device(made).token_ids is made.token_ids
 
 
 def test_a_given_buffer_is_written_again_and_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import openai
@@ -9,7 +10,7 @@ import pytest
 from serving import Running, running, wait_for
 
 from npuq.runtime import LanguageModel, SamplingParams
-from npuq.serve.access import Access, loopback_hosts
+from npuq.serve.http.access import Access, loopback_hosts
 from npuq.serve.service import Service
 
 PAGE = "https://page.example"
@@ -80,6 +81,22 @@ def test_a_foreign_page_gets_nothing(keyed: Running, server: Running) -> None:
     assert (asked.status, asked.headers["access-control-allow-origin"]) == (200, PAGE)
     asked = keyed.ask("OPTIONS", "/v1/completions", headers={**asks, "Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in asked.headers
+
+
+def test_prompts_of_the_log_are_made_beside_the_event_loop(keyed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one takes its time, in which no stream would go on."""
+    on_the_loop: list[bool] = []
+    decode = keyed.service.model.tokenizer.decode
+
+    def noted(tokens: list[int]) -> str:
+        on_the_loop.append(asyncio._get_running_loop() is not None)
+        return decode(tokens)
+
+    monkeypatch.setattr(keyed.service.model.tokenizer, "decode", noted)
+    for stream in (False, True):
+        fields = {"prompt": "A", "max_tokens": 1, "stream": stream}
+        assert keyed.ask("POST", "/v1/completions", fields, {"api-key": "key-1"}).status == 200
+    assert on_the_loop and not any(on_the_loop)
 
 
 def test_each_request_has_an_id_and_a_line(keyed: Running, log: list[str]) -> None:

@@ -16,7 +16,7 @@ from serving import Running, running
 from npuq.runtime import LanguageModel, SamplingParams, evaluate
 from npuq.runtime.sampling.sampler import Sampler
 from npuq.serve import responding
-from npuq.serve.completions import CompletionReply
+from npuq.serve.completions.documents import CompletionReply
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
 
@@ -149,6 +149,35 @@ def test_nothing_but_the_prompt(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].text == "A text"
 
 
+@pytest.mark.parametrize("few", [4096, 5])
+def test_a_streams_prompt_has_its_log_probabilities(
+    client: openai.OpenAI, model: LanguageModel, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first chunk of each choice. Those of a long prompt are made beside the event loop."""
+    monkeypatch.setattr(responding, "_FEW_TOKENS", few)
+    prompts = ["A text of the law", model.tokenizer.encode("語 A section of this title")]
+    for fields in (
+        {"prompt": prompts[0], "max_tokens": 6},
+        {"prompt": prompts[0], "max_tokens": 0},
+        {"prompt": prompts[1], "max_tokens": 3, "n": 2, "temperature": 0.8, "seed": 3},
+        {"prompt": [model.tokenizer.encode("One text"), prompts[1]], "max_tokens": 3, "n": 2},
+    ):
+        asked: Any = {"model": "tiny", "echo": True, "logprobs": 2, **fields}
+        whole = client.completions.create(**asked)
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1].usage is not None and whole.usage is not None
+        assert chunks.pop().usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
+        for choice in whole.choices:
+            first, *others = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+            assert first.logprobs is not None and choice.logprobs is not None
+            assert (first.logprobs.token_logprobs or [0])[0] is None and first.finish_reason is None
+            assert "".join([first.text, *(other.text for other in others)]) == choice.text
+            assert others[-1].finish_reason == choice.finish_reason
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                parts = [getattr(each.logprobs, name) for each in (first, *others) if each.logprobs is not None]
+                assert [entry for part in parts for entry in part] == getattr(choice.logprobs, name)
+
+
 def test_token_ids(server: Running, model: LanguageModel) -> None:
     expected = model.generate(PROMPT, max_new_tokens=4, temperature=0)
     (choice,) = server.complete(prompt=PROMPT, max_tokens=4, return_token_ids=True).json["choices"]
@@ -194,7 +223,7 @@ def test_a_salt_hides_what_the_cache_holds(client: openai.OpenAI, model: Languag
         return usage.prompt_tokens_details.cached_tokens or 0
 
     assert [cached(client, salt) > 0 for salt in ("a", None, "b", "", "a", "b", None, "")] == [False] * 4 + [True] * 4
-    from npuq.serve.access import Access
+    from npuq.serve.http.access import Access
 
     with running(Service(model, ["tiny"], SamplingParams(), access=Access.of(["key-1", "key-2"]))) as keyed:
         one, two = keyed.client(api_key="key-1"), keyed.client(api_key="key-2")

@@ -95,7 +95,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     server: Running, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its socket is full: what it asked for goes on, joined, until it is too long; others go on."""
-    import npuq.serve.protocol as protocol
+    import npuq.serve.http.protocol as protocol
     import npuq.serve.responding as responding
 
     monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
@@ -112,7 +112,7 @@ def test_a_document_that_nobody_reads_is_given_up(
     server: Running, monkeypatch: pytest.MonkeyPatch, header: str
 ) -> None:
     """With its connection: the client could hold any number of answers in memory."""
-    import npuq.serve.protocol as protocol
+    import npuq.serve.http.protocol as protocol
     import npuq.serve.status as status
 
     monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
@@ -123,6 +123,22 @@ def test_a_document_that_nobody_reads_is_given_up(
         connection.sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
         assert connection.recv(12) == b"HTTP/1.1 200"
         wait_for(lambda: not connections)
+
+
+def test_a_reset_of_an_idle_connection_leaves_no_timer(server: Running) -> None:
+    """uvicorn's for idle connections would hold the connection's memory for a minute."""
+    connections = server.server.server_state.connections
+    wait_for(lambda: not connections)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        (protocol,) = connections
+        wait_for(lambda: protocol.timeout_keep_alive_task is not None)
+        timers = [protocol.timeout_keep_alive_task, protocol._taking]
+        close_hard(connection)
+        wait_for(lambda: not connections)
+    wait_for(lambda: all(timer.cancelled() for timer in timers))
+    assert protocol.timeout_keep_alive_task is None
 
 
 def test_hard_closes_leave_the_server_as_it_was(client: openai.OpenAI, server: Running, model: LanguageModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import socket
 import time
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from typing import Any
 
 import openai
 import pytest
-from serving import SECONDS, Brake, Running, running, wait_for
+from serving import SECONDS, Brake, Running, read, running, wait_for
 
-import npuq.serve.bodies
-import npuq.serve.protocol
+import npuq.serve.http.bodies
+import npuq.serve.http.protocol
 from npuq.runtime import LanguageModel, SamplingParams
 from npuq.serve.limits import Limits
 from npuq.serve.service import Service
@@ -72,7 +73,6 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": 1}}, "stream_options"),
-    ({"stream": True, "echo": True, "logprobs": 1}, "stream"),
     ({"prompt": []}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": {"text": "x"}}, "prompt"),
@@ -179,7 +179,7 @@ def test_headers_that_are_too_long_are_refused(server: Running) -> None:
 
 
 def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npuq.serve.bodies, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(npuq.serve.http.bodies, "BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
         assert b" 408 " in connection.recv(1000)
@@ -188,7 +188,7 @@ def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
 
 def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a first request, also where a byte of it comes now and then, and of one behind another."""
-    monkeypatch.setattr(npuq.serve.protocol, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(npuq.serve.http.protocol, "HEAD_SECONDS", 0.3)
     for words in (b"", b"G"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
             connection.sendall(words)
@@ -202,9 +202,49 @@ def test_a_head_that_does_not_come_is_given_up(server: Running, monkeypatch: pyt
         assert connection.recv(100) == b""
 
 
+@pytest.mark.parametrize("most", ["time", "bytes"])
+def test_a_body_behind_its_answer_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch, most: str) -> None:
+    """However it drips: the answer did not need it. One that ends in time leaves the connection as it was."""
+    monkeypatch.setattr(npuq.serve.http.protocol, "REST_SECONDS", 0.3 if most == "time" else SECONDS)
+    monkeypatch.setattr(npuq.serve.http.protocol, "REST_BYTES", 1000)
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        for _ in range(2):
+            connection.sendall(head % 900)
+            assert b" 404 " in connection.recv(1000)
+            connection.sendall(b"x" * 900)
+        connection.sendall(head % 10**9)
+        assert b" 404 " in connection.recv(1000)
+        until = time.monotonic() + SECONDS
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while time.monotonic() < until:
+                connection.sendall(b"x" if most == "time" else b"x" * 100)
+                time.sleep(0.01)
+
+
+def test_what_is_no_http_is_refused(server: Running) -> None:
+    """In a document, where no answer has begun; else the connection is closed, without an error in the log."""
+    errors = logging.handlers.BufferingHandler(100)
+    logging.getLogger("asyncio").addHandler(errors)
+    for words in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/9\r\nHost: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+            connection.sendall(words)
+            head, _, body = read(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400")
+            assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b" 404 " in connection.recv(1000)
+        connection.sendall(b"no chunk\r\n")
+        with suppress(ConnectionResetError):
+            assert b"HTTP" not in read(connection)
+    logging.getLogger("asyncio").removeHandler(errors)
+    assert errors.buffer == []
+
+
 def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(server.server.server_state.connections) + 2
-    monkeypatch.setattr(npuq.serve.protocol, "most_connections", lambda: count)
+    monkeypatch.setattr(npuq.serve.http.protocol, "most_connections", lambda: count)
     opened = [socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) for _ in range(3)]
     with suppress(ConnectionResetError):
         assert opened[2].recv(1) == b""

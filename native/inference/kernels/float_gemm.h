@@ -70,7 +70,7 @@ INLINE void float_tile(const char *w, const int dtype, size_t ldw, size_t rows, 
 #else
         (void)ahead; /* measured with AVX2 only */
         for (size_t line = 0; tokens == 1 && line < FLOAT_ROWS * VW * size; line += 64) {
-            __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line);
+            __builtin_prefetch(w + FLOAT_ROWS * (ldw + i) * size + line, 0, 0);
         }
 #endif
         add_products(sum0, load_weight_as(row[0], dtype, i, tokens), token, tokens);

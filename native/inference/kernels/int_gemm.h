@@ -73,27 +73,29 @@ INLINE void tile(const enum storage storage, const uint8_t *w, size_t rows, cons
     clear_row(sum2, tokens);
     clear_row(sum3, tokens);
     for (size_t i = 0; i < body; i += STEP) {
-        bytes token[MOST_TOKENS];
-        EACH_TOKEN(tokens, token[t] = load_bytes(x + t * k + i););
         /* The next tile's bytes, in the order they lie in memory: the hardware's prefetcher sees several short streams
          * here, and stops at the end of each (measured: a third of the bandwidth without). Spread ones are in L2. */
         const size_t stored_rows = storage == PACKED ? 2 : TILE_ROWS;
         for (size_t line = 0; storage != SPREAD && line < stored_rows * STEP; line += 64) {
             __builtin_prefetch(row0 + stored_rows * (k + i) + line);
         }
+        bytes first, second, third, fourth;
         if (storage == PACKED) {
-            bytes both = flip_nibbles(load_bytes(row0 + i));
-            dot_row(storage, sum0, low_nibbles(both), token, tokens);
-            dot_row(storage, sum1, high_nibbles(both), token, tokens);
-            both = flip_nibbles(load_bytes(row1 + i));
-            dot_row(storage, sum2, low_nibbles(both), token, tokens);
-            dot_row(storage, sum3, high_nibbles(both), token, tokens);
+            const bytes both = flip_nibbles(load_bytes(row0 + i)), next = flip_nibbles(load_bytes(row1 + i));
+            first = low_nibbles(both), second = high_nibbles(both);
+            third = low_nibbles(next), fourth = high_nibbles(next);
         } else {
-            dot_row(storage, sum0, load_weight(storage, row0 + i), token, tokens);
-            dot_row(storage, sum1, load_weight(storage, row1 + i), token, tokens);
-            dot_row(storage, sum2, load_weight(storage, row2 + i), token, tokens);
-            dot_row(storage, sum3, load_weight(storage, row3 + i), token, tokens);
+            first = load_weight(storage, row0 + i), second = load_weight(storage, row1 + i);
+            third = load_weight(storage, row2 + i), fourth = load_weight(storage, row3 + i);
         }
+        /* A token at a time: all sums, four weights and one token leave no register for a second. */
+        EACH_TOKEN(tokens, {
+            const bytes token = load_bytes(x + t * k + i);
+            sum0[t] = dot_stored(storage, sum0[t], first, token);
+            sum1[t] = dot_stored(storage, sum1[t], second, token);
+            sum2[t] = dot_stored(storage, sum2[t], third, token);
+            sum3[t] = dot_stored(storage, sum3[t], fourth, token);
+        });
     }
     EACH_TOKEN(tokens, store_quad(acc + t * ldacc, sum0[t], sum1[t], sum2[t], sum3[t]););
 }
@@ -160,20 +162,6 @@ INLINE void best_tile(const enum storage storage, const uint8_t *w, size_t rows,
 #endif
 }
 
-#if !defined(NPUQ_LEVEL_AVX2)
-/* Two or three tokens of packed rows, row by row. */
-static void stream_rows(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
-                        size_t ldacc) {
-    const size_t body = k / STEP * STEP;
-    for (size_t r = 0; r < rows; r += TILE_ROWS) {
-        const uint8_t *wr = w + r / 2 * k;
-        if (tokens == 2) stream_packed(wr, rows - r, x, 2, k, body, acc + r, ldacc);
-        else stream_packed(wr, rows - r, x, 3, k, body, acc + r, ldacc);
-    }
-    if (body < k) add_rest(PACKED, w, rows, x, tokens, k, body, acc, ldacc);
-}
-#endif
-
 /* `rows` rows for up to `most` tokens. */
 INLINE void dot_rows(const enum storage storage, const int most, const uint8_t *w, size_t rows, const int8_t *x,
                      size_t tokens, struct ahead *ahead, size_t k, size_t body, int32_t *acc, size_t ldacc) {
@@ -235,8 +223,10 @@ static void dot_w8(const int8_t *w, size_t rows, const int8_t *x, size_t tokens,
 static void dot_w4(const uint8_t *w, size_t rows, const int8_t *x, size_t tokens, size_t k, int32_t *acc,
                    size_t ldacc) {
 #if !defined(NPUQ_LEVEL_AVX2)
-    if (tokens == 2 || tokens == 3) { /* bound by memory */
-        stream_rows(w, rows, x, tokens, k, acc, ldacc);
+    if (tokens == 2 || tokens == 3) { /* bound by memory; four are faster in tiles */
+        const size_t body = k / STEP * STEP;
+        stream_rows(w, rows, x, tokens, k, body, acc, ldacc);
+        if (body < k) add_rest(PACKED, w, rows, x, tokens, k, body, acc, ldacc);
         return;
     }
 #endif

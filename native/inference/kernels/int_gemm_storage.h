@@ -20,9 +20,8 @@ INLINE void clear_row(sums *row, const int tokens) {
 }
 
 #if !defined(NPUQ_LEVEL_AVX2)
-INLINE void dot_row(const enum storage storage, sums *row, bytes weight, const bytes *token, const int tokens) {
-    EACH_TOKEN(tokens, row[t] = storage == CODES ? dot_bytes(row[t], weight, token[t])
-                                                 : dot_nibbles(row[t], weight, token[t]););
+INLINE sums dot_stored(const enum storage storage, sums sum, bytes weight, bytes token) {
+    return storage == CODES ? dot_bytes(sum, weight, token) : dot_nibbles(sum, weight, token);
 }
 
 INLINE bytes load_weight(const enum storage storage, const uint8_t *from) {

@@ -14,7 +14,7 @@
 enum { TILE_ROWS = 4, OFFSET_W4 = 8 };
 
 #if defined(NPUQ_LEVEL_AVX512)
-enum { STEP = 64, W4_TOKENS = 3, W8_TOKENS = 6, DIRECT_TOKENS = 3, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 128,
+enum { STEP = 64, W4_TOKENS = 6, W8_TOKENS = 6, DIRECT_TOKENS = 6, DIRECT_LIMIT = 1 << 30, OFFSET_W8 = 128,
        W8_ROWS = 0 };
 typedef __m512i bytes;
 typedef __m512i sums;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_both_spellings_of_a_config_are_one() -> None:
         ({"o_groups": 3}, "cannot be divided"),
         ({"qk_rope_head_dim": 64}, "cannot hold"),
         ({"layer_types": ["sliding_attention"] * 4}, "disagree"),
+        ({"layer_types": ["sliding_attention"] * 4, "compress_ratios": 4}, "compress_ratios must be a list"),
         ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}, "hash_moe layers first"),
         ({"rope_scaling": {**CONFIG["rope_scaling"], "attention_factor": 2.0}}, "attention_factor"),
         ({"num_hash_layers": 5}, "num_hash_layers"),
@@ -128,6 +130,27 @@ def test_floats_in_the_place_of_a_table_are_refused(release: Path, tmp_path: Pat
     save_file({**tensors, gate: tensors[gate].long()}, tmp_path / "floats" / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{gate}' is I64; it must be of floats"):
         convert_checkpoint(tmp_path / "floats", tmp_path / "out")
+
+
+TABLE = "layers.1.ffn.gate.tid2eid"
+
+
+@pytest.mark.parametrize("number", [8, -1])
+def test_experts_that_are_not_there_are_refused(release: Path, tmp_path: Path, number: int) -> None:
+    """A loader gathers by these numbers: of a model with 8 experts, 8 is the first outside."""
+    said = f"{TABLE}' has the number {number}, and must have 0 to 7"
+    for name, changed in (("packed", tmp_path / "source"), ("packed-w4a8", tmp_path / "made")):
+        shutil.copytree(release / name, changed)
+        (shard,) = changed.glob("*.safetensors")
+        tensors = load_file(shard)
+        tensors[TABLE][7, 1] = number
+        save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [line for line in verify(tmp_path / "made").problems if said in line]
+    # As another tool's, which has no manifest.
+    shutil.rmtree(tmp_path / "made/npuq")
+    assert [line for line in verify(tmp_path / "made").problems if said in line]
 
 
 def test_releases_that_drop_the_limit_are_named(release: Path, tmp_path: Path) -> None:

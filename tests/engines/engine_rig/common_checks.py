@@ -12,8 +12,15 @@ from npuq.errors import ArtifactError
 
 from . import parameter_lists, rotary
 from .conformance import ConformanceError, compare, load
-from .corruption import corrupt, corruptions, mtp_corruptions, static_corruptions
-from .models import ARTIFACTS, CONFIGS, STATIC, WITH_MTP
+from .corruption import (
+    corrupt,
+    corruptions,
+    mtp_corruptions,
+    released_corruptions,
+    released_mtp_corruptions,
+    static_corruptions,
+)
+from .models import ARTIFACTS, CONFIGS, STATIC, V4, WITH_MTP
 from .rules import LOADS, RULES, break_rule, ending
 
 SEEN = (ConformanceError, ArtifactError, ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError)
@@ -60,10 +67,20 @@ class CommonChecks:
             compare(load(self.engine, broken, 1))
 
     @pytest.mark.parametrize(
+        ("what", "how", "mtp"),
+        [(*case, False) for case in released_corruptions()] + [(*case, True) for case in released_mtp_corruptions()],
+        ids=_name,
+    )
+    def test_corruption_of_deepseek_v4_is_seen(self, artifact, tmp_path, what, how, mtp):
+        broken = corrupt(artifact(V4), tmp_path / "broken", how)
+        with pytest.raises(SEEN):
+            compare(load(self.engine, broken, 1, mtp=mtp))
+
+    @pytest.mark.parametrize(
         ("model", "mtp"),
-        # Kimi-K2 is of DeepSeek-V3's classes, GLM-5 of GLM-5.2's.
-        [(name, False) for name in (*CONFIGS, STATIC) if name not in ("kimi", "glm-5")]
-        + [(name, True) for name in WITH_MTP[1:] if name != "glm-5"],
+        # Kimi-K2 is of DeepSeek-V3's classes, GLM-5 of GLM-5.2's. There is no list of DeepSeek-V4's parameters.
+        [(name, False) for name in (*CONFIGS, STATIC) if name not in ("kimi", "glm-5", V4)]
+        + [(name, True) for name in WITH_MTP[1:] if name not in ("glm-5", V4)],
     )
     def test_the_list_of_needed_tensors(self, artifact, release, model, mtp):
         parameter_lists.check_needed(release, self.engine, artifact(model), mtp)

@@ -16,27 +16,15 @@ from torch import Tensor, nn
 
 from npuq.formats.artifact import read_description
 from npuq.formats.checkpoint import Checkpoint
-from npuq.formats.schemes import Scheme
+from npuq.formats.schemes import SUFFIXES, WEIGHT, Scheme
 from npuq.formats.static_w8a8 import static_tensors
-from npuq.models.config import text_config
+from npuq.models.config import ModelConfig
 from npuq.runtime.ops import LinearPart, Quantized, Static
 from npuq.runtime.ops.reference import ReferenceOps
 from npuq.runtime.store import ArtifactStore
 
-FUSED = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-# Parts of modules' names in an engine, and of tensors' names in the artifact.
-RENAMED = {
-    ".experts.routed_experts": ".experts",
-    "mm_projector.linear_1": "mm_projector.proj.0",
-    "mm_projector.linear_2": "mm_projector.proj.2",
-    ".attn.qkv_proj": ".wqkv",
-    ".attn.proj": ".wo",
-}
+from .names import FUSED, PARTS, stored_name
+
 TOLERANCE = 1e-5
 ROWS = 3
 
@@ -60,48 +48,43 @@ class Loaded:
 def load(engine: ModuleType, directory: Path, tp: int, ep: int = 1, mtp: bool = False) -> Loaded:
     """Every rank of the model, or of its MTP draft."""
     with Checkpoint.open(directory) as checkpoint:
-        last = text_config(checkpoint.config)["num_hidden_layers"]
+        last = ModelConfig.from_dict(checkpoint.config).num_hidden_layers
+        released = "embed.weight" in checkpoint.tensors
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name in checkpoint.tensors:
                 yield name, checkpoint.read(name)
 
         models = [engine.build(directory, weights(), tp, ep, rank, mtp) for rank in range(tp)]
-
-    def rename(name: str) -> str:
-        name = name.replace("model.decoder.", f"model.layers.{last}.").replace(".mtp_block.", ".")
-        for theirs, stored in RENAMED.items():
-            name = name.replace(theirs, stored)
-        return name
-
     return Loaded(
         directory,
         [dict(model.named_modules()) for model in models],
         tp // ep,
-        rename,
+        lambda name: stored_name(name, last, mtp=mtp, released=released),
         engine.BORROWED_BY_DRAFT if mtp else (),
     )
 
 
 def quantized_linears(directory: Path, mtp: bool = False) -> int:
     """The quantized linears of the model or its first MTP layer: fused ones, and experts of a layer, count as one."""
-    fused = {part: leaf for leaf, parts in FUSED.items() for part in parts}
     found = set()
     with Checkpoint.open(directory) as checkpoint:
-        last = text_config(checkpoint.config)["num_hidden_layers"]
+        config = ModelConfig.from_dict(checkpoint.config)
+        last = config.num_hidden_layers
         for name in (name for name, info in checkpoint.tensors.items() if info.dtype == "I8"):
             module, leaf = name.removesuffix(".weight").rsplit(".", 1)
-            layer = int(module.split(".layers.")[1].split(".")[0])
+            layer = config.layer_of(name)
+            assert layer is not None
             if layer == last if mtp else layer < last:
                 experts, _, expert = module.rpartition(".experts.")
-                found.add((experts, "experts") if expert.isdigit() else (module, fused.get(leaf, leaf)))
+                found.add((experts, "experts") if expert.isdigit() else (module, PARTS.get(leaf, leaf)))
     return len(found)
 
 
 def compare(loaded: Loaded) -> int:
-    """Compare every linear, and count the quantized ones, a layer's experts as one.
+    """Compare every tensor of the model, and count the quantized linears, a layer's experts as one.
 
-    Raises ConformanceError for the first that differs.
+    Raises ConformanceError for the first that differs, or that the engine has no parameter for.
     """
     count = 0
     with Checkpoint.open(loaded.directory) as checkpoint:
@@ -117,12 +100,10 @@ def compare(loaded: Loaded) -> int:
             elif isinstance(weight, Tensor) and weight.dtype == torch.int8:
                 comparison.linear(name)
                 count += 1
-            elif isinstance(weight, Tensor) and f"{loaded.rename(name)}.weight" in checkpoint.tensors:
-                comparison.same(f"{name}.weight")
-                if f"{loaded.rename(name)}.bias" in checkpoint.tensors:
-                    comparison.same(f"{name}.bias")
-            if isinstance(getattr(module, "e_score_correction_bias", None), Tensor) and name.endswith(".gate"):
-                comparison.same(f"{name}.e_score_correction_bias")
+            else:
+                for leaf, _ in module.named_parameters(recurse=False):
+                    comparison.same(f"{name}.{leaf}" if name else leaf)
+        comparison.all_compared()
     return count
 
 
@@ -134,6 +115,7 @@ class Comparison:
         self.store = ArtifactStore(checkpoint)
         self.ops = ReferenceOps()
         self.generator = torch.Generator().manual_seed(7)
+        self.compared: set[str] = set()
 
     def tags(self) -> None:
         """The description's other entries. Engines read those of weights that can be quantized and trust the rest."""
@@ -149,27 +131,51 @@ class Comparison:
             if scheme is not (types[weight] if quantized else Scheme.FLOAT):
                 raise ConformanceError(f"{name}: described as {scheme.value}, which its weight is not")
 
+    def all_compared(self) -> None:
+        """Every tensor of the model, or of the draft's layer, has been compared, but those that are borrowed."""
+        config = ModelConfig.from_dict(self.checkpoint.config)
+        last, mtp = config.num_hidden_layers, bool(self.loaded.borrowed)
+        for name in self.checkpoint.tensors.keys() - self.compared:
+            layer = config.layer_of(name)
+            mine = layer == last if mtp else layer is None or layer < last
+            if mine and not any(part in name for part in ("embed_tokens", "shared_head.head") if mtp):
+                raise ConformanceError(f"{name}: no parameter of the engine was compared with it")
+
     def same(self, name: str) -> None:
-        """A float tensor: the same on every rank, or in rows or columns over the ranks, padded at the end."""
-        stored = self.checkpoint.read(self.loaded.rename(name))
+        """A float tensor, or a table: the same on every rank, or in rows or columns over the ranks, padded at the end.
+
+        A parameter of no tensor is passed over: it was filled from another, or check_filled complains.
+        """
         module, _, leaf = name.rpartition(".")
+        path, _, linear = module.rpartition(".")
+        names = [self.loaded.rename(name)]
+        if names[0] not in self.checkpoint.tensors and linear in FUSED:
+            names = [self.loaded.rename(f"{path}.{part}.{leaf}") for part in FUSED[linear]]
+        if any(stored not in self.checkpoint.tensors for stored in names):
+            return
+        self.compared.update(names)
+        stored = torch.cat([self.checkpoint.read(part) for part in names])
         held = [getattr(modules[module], leaf).data for modules in self.loaded.ranks]
+        if held[0].dim() > stored.dim():  # wo_a, for a product by groups of heads: [groups, inputs, outputs]
+            held = [tensor.transpose(1, 2).flatten(0, 1) for tensor in held]
         whole = [tensor for tensor in held if tensor.shape == stored.shape]
         for tensor in whole or [_together(held, len(stored), 3 if "qkv" in module else 1)]:
-            # A router may be held in float32; nothing may be held in less than it is stored in.
-            if tensor.dtype not in (stored.dtype, torch.float32) or not torch.equal(tensor.to(stored.dtype), stored):
+            # A router may be held in float32, a table in int32; nothing may be held in less than it is stored in.
+            allowed = (stored.dtype, torch.float32) if stored.is_floating_point() else (stored.dtype, torch.int32)
+            if tensor.dtype not in allowed or not torch.equal(tensor.to(stored.dtype), stored):
                 raise ConformanceError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what the artifact has")
 
     def parts(self, name: str, names: Sequence[str]) -> list[LinearPart]:
-        prefix = self.loaded.rename(name).rpartition(".")[0]
+        path = name.rpartition(".")[0]
         found = []
-        for part in names:
-            scale = self.checkpoint.tensors[f"{prefix}.{part}.weight_scale"].shape[0]
-            inputs = self.checkpoint.tensors[f"{prefix}.{part}.weight"].shape[1]
-            offset = self.checkpoint.read(f"{prefix}.{part}.weight_offset")
+        for part in (self.loaded.rename(f"{path}.{part}") for part in names):
+            scale = self.checkpoint.tensors[f"{part}.weight_scale"].shape[0]
+            inputs = self.checkpoint.tensors[f"{part}.weight"].shape[1]
+            offset = self.checkpoint.read(f"{part}.weight_offset")
             if offset.shape != (scale, 1) or bool(offset.any()):
-                raise ConformanceError(f"{prefix}.{part}.weight_offset: {list(offset.shape)} zeros are wanted")
-            found.append(self.store.linear(f"{prefix}.{part}", scale, inputs))
+                raise ConformanceError(f"{part}.weight_offset: {list(offset.shape)} zeros are wanted")
+            found.append(self.store.linear(part, scale, inputs))
+            self.compared.update(f"{part}.{suffix}" for suffix in (WEIGHT, *SUFFIXES))
         return found
 
     def rows(self, count: int, width: int) -> Quantized:
@@ -204,13 +210,14 @@ class Comparison:
 
     def biases(self, name: str, parts: Sequence[LinearPart], held: int, x: Quantized) -> None:
         """The biases of a linear's parts, which the engine adds to its outputs."""
-        prefix = self.loaded.rename(name).rpartition(".")[0]
-        leaves = FUSED.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
-        stored = [f"{prefix}.{leaf}.bias" for leaf in leaves if f"{prefix}.{leaf}.bias" in self.checkpoint.tensors]
+        path, _, leaf = name.rpartition(".")
+        biases = [self.loaded.rename(f"{path}.{part}.bias") for part in FUSED.get(leaf, (leaf,))]
+        stored = [bias for bias in biases if bias in self.checkpoint.tensors]
         modules = [modules[name] for modules in self.loaded.ranks]
         has_bias = [isinstance(module.bias, Tensor) for module in modules]
         if any(has_bias) != bool(stored) or any(has_bias) != all(has_bias):
             raise ConformanceError(f"{name}: a bias, or none, where the artifact has {len(stored)}")
+        self.compared.update(stored)
         if stored:
             ours = torch.cat([self.checkpoint.read(bias).float() for bias in stored])[None]
             theirs = [module.bias.data.float()[None] for module in modules]

@@ -101,11 +101,85 @@ def static_corruptions() -> Iterator[tuple[str, Corruption]]:
         yield f"{prefix} tagged dynamic", _tag(f"{prefix}.weight", "W8A8_DYNAMIC")
 
 
+def released_corruptions() -> Iterator[tuple[str, Corruption]]:
+    """DeepSeek-V4: every kind of tensor missing, misnamed, of another shape or dtype, or tagged otherwise."""
+    attention, experts = "layers.1.attn", "layers.1.ffn.experts"
+    for name in (
+        "hc_head_fn",
+        "head.weight",
+        "layers.0.ffn.gate.tid2eid",
+        "layers.1.hc_attn_scale",
+        "layers.1.ffn_norm.weight",
+        "layers.1.ffn.gate.bias",
+        "layers.1.ffn.shared_experts.w3.weight_scale",
+        f"{attention}.attn_sink",
+        f"{attention}.wq_a.weight_scale",
+        f"{attention}.compressor.wgate.weight",
+        f"{attention}.compressor.ape",
+        f"{attention}.indexer.wq_b.weight_scale",
+        f"{attention}.indexer.compressor.norm.weight",
+        f"{experts}.3.w2.weight_scale",
+        f"{experts}.3.w1.scale_bias",
+    ):
+        yield f"{name} missing", _drop(name)
+    yield "wq_a as transformers calls it", _rename_to(f"{attention}.wq_a.weight", f"{attention}.q_a_proj.weight")
+    yield (
+        "a layer as transformers calls it",
+        _rename_to("layers.1.attn_norm.weight", "layers.1.attention_norm.weight"),
+    )
+    yield "an expert's gate as its up", _rename_to(f"{experts}.3.w1.weight", f"{experts}.3.w4.weight")
+    for name in ("layers.0.ffn.gate.tid2eid", "layers.2.attn.compressor.ape", "layers.1.hc_ffn_fn"):
+        yield f"{name} transposed", _change(name, lambda tensor: tensor.mT)
+    for name in (f"{attention}.attn_sink", f"{attention}.wkv.weight", "layers.1.ffn.gate.bias", "hc_head_base"):
+        yield f"{name} has a row more", _grow(name)
+    yield "tid2eid in float", _change("layers.0.ffn.gate.tid2eid", lambda table: table.float())
+    yield "wo_a in int8", _change(f"{attention}.wo_a.weight", lambda weight: weight.mul(8).to(torch.int8))
+    yield "wkv in bfloat16", _change(f"{attention}.wkv.weight", lambda codes: codes.bfloat16())
+    yield "an expert unpacked", _change(f"{experts}.3.w1.weight", lambda codes: codes.repeat_interleave(2, 0))
+    yield "an expert's nibbles swapped", _change(f"{experts}.3.w2.weight", _swap_nibbles)
+    yield "an expert's bias of other codes", _change(f"{experts}.3.w2.scale_bias", lambda bias: bias.roll(1, 0))
+    yield "wq_b tagged FLOAT", _tag(f"{attention}.wq_b.weight", "FLOAT")
+    yield "wo_b tagged W8A8", _tag(f"{attention}.wo_b.weight", "W8A8_DYNAMIC")
+    yield "indexer tagged FLOAT", _tag(f"{attention}.indexer.wq_b.weight", "FLOAT")
+    yield "first expert tagged W8A8", _tag(f"{experts}.0.w2.weight", "W8A8_DYNAMIC")
+    yield "no hc_head in the description", _untag("hc_head_fn", "hc_head_base", "hc_head_scale")
+
+
+def released_mtp_corruptions() -> Iterator[tuple[str, Corruption]]:
+    """What only DeepSeek-V4's draft reads."""
+    for name in ("e_proj.weight", "hc_head_scale", "norm.weight", "attn.wkv.weight_scale", "ffn.experts.7.w2.weight"):
+        yield f"mtp.0.{name} missing", _drop(f"mtp.0.{name}")
+    for name in ("h_proj.weight", "attn.wq_a.weight", "hc_attn_base"):
+        yield f"mtp.0.{name} has a row more", _grow(f"mtp.0.{name}")
+    yield "mtp.0 first expert tagged W4A8", _tag("mtp.0.ffn.experts.0.w2.weight", "W4A8_DYNAMIC")
+
+
+def _drop(name: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        del tensors[name], tags[name]
+
+    return how
+
+
+def _untag(*names: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        for name in names:
+            del tags[name]
+
+    return how
+
+
+def _rename_to(name: str, new: str) -> Corruption:
+    def how(tensors: Tensors, tags: Tags) -> None:
+        tensors[new], tags[new] = tensors.pop(name), tags.pop(name)
+
+    return how
+
+
 def _rename(name: str) -> Corruption:
     def how(tensors: Tensors, tags: Tags) -> None:
         new = name.replace("proj", "prj").replace("norm", "nrm").replace("gate.", "gat.")
-        new = new.replace("embed", "embd").replace("lm_head", "lm_hd")
-        tensors[new], tags[new] = tensors.pop(name), tags.pop(name)
+        _rename_to(name, new.replace("embed", "embd").replace("lm_head", "lm_hd"))(tensors, tags)
 
     return how
 
@@ -125,7 +199,8 @@ def _tag(name: str, value: str) -> Corruption:
 def _change(name: str, change: Callable[[Tensor], Tensor]) -> Corruption:
     def how(tensors: Tensors, tags: Tags) -> None:
         changed = change(tensors[name])
-        assert changed.shape != tensors[name].shape or not torch.equal(changed, tensors[name])
+        was = tensors[name]
+        assert changed.shape != was.shape or changed.dtype != was.dtype or not torch.equal(changed, was)
         tensors[name] = changed
 
     return how

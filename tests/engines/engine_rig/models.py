@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from ascend_rig import models
 from kimi_k25 import as_k25
+from packed_v4 import RELEASE, write_random_release
 from random_model import write_random
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -117,6 +118,20 @@ TABLES: dict[str, dict[str, Any]] = {
 CONFIGS |= TABLES
 # No release has dense layers.
 TABLES["qwen3-dense"] = TABLES["qwen3-moe"] | {"mlp_only_layers": [0]}
+# As it is released: FP4 experts, and a layer of each ratio that engines have; one hashed. 4 groups of heads.
+V4 = "deepseek-v4"
+CONFIGS[V4] = RELEASE | {
+    "hidden_size": 128,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+    "head_dim": 64,
+    "o_groups": 4,
+    "sliding_window": 128,
+    "compress_ratios": [0, 4, 128, 0],
+    "index_head_dim": 128,
+    "vocab_size": 512,
+}
 # Every artifact, and those that have an MTP layer.
 STATIC = "v3-static"
 ARTIFACTS = ("example", *CONFIGS, STATIC, "qwen3-dense")
@@ -170,6 +185,9 @@ def _make_static(tensors: dict[str, torch.Tensor], tags: dict[str, str]) -> None
 
 
 def _write_source(name: str, directory: Path) -> Path:
+    if name == V4:
+        write_random_release(directory, CONFIGS[V4])
+        return directory
     if name in TABLES:
         return write_random(directory, TABLES[name])
     config = CONFIGS[name]

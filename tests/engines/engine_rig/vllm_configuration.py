@@ -58,7 +58,11 @@ def vllm_configuration(directory: Path, tp: int, ep: int, mtp: bool) -> Any:
     # The draft is built under the target's configuration; only the draft's own part says that it is an MTP model.
     draft = SpeculativeConfig.hf_config_override(get_config(str(directory), trust_remote_code=False)) if mtp else None
     speculative = Namespace(
-        draft_model_config=Namespace(hf_config=draft), num_speculative_tokens=1, method="mtp", parallel_drafting=False
+        draft_model_config=Namespace(hf_config=draft),
+        num_speculative_tokens=1,
+        method="mtp",
+        parallel_drafting=False,
+        use_eagle=lambda: True,  # as of any draft that reads the model's hidden states
     )
     native = {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}
     return Namespace(
@@ -68,7 +72,8 @@ def vllm_configuration(directory: Path, tp: int, ep: int, mtp: bool) -> Any:
         speculative_config=speculative if mtp else None,
         cache_config=_defaults("CacheConfig", block_size=128, enable_prefix_caching=False),
         scheduler_config=_defaults("SchedulerConfig", max_num_batched_tokens=256, max_num_seqs=8),
-        attention_config=_defaults("AttentionConfig"),
+        # With indexer_kv_dtype "auto", its default, the caller's choice stands.
+        attention_config=_defaults("AttentionConfig", resolve_indexer_kv_dtype=lambda default: default),
         compilation_config=CompilationConfig(custom_ops=["all"], mode=CompilationMode.NONE),
         kernel_config=KernelConfig(ir_op_priority=native),
         observability_config=Namespace(enable_layerwise_nvtx_tracing=False),

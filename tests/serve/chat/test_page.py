@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from npuq.runtime import LanguageModel, SamplingParams
-from npuq.serve.access import Access
+from npuq.serve.http.access import Access
 from npuq.serve.page.document import document
 from npuq.serve.service import Service
 

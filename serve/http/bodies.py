@@ -8,9 +8,9 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request as HttpRequest
 
-from ..inputs.printable import error_line
+from ...inputs.printable import error_line
+from ..limits import BODY_SECONDS
 from .errors import ApiError, bad_request
-from .limits import BODY_SECONDS
 
 T = TypeVar("T")
 

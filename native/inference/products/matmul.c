@@ -4,7 +4,7 @@
 
 #include "common/checks.h"
 #include "common/pool.h"
-#include "inference/tasks.h"
+#include "inference/products/tasks.h"
 
 enum {
     /* Weight bytes a task reads when it is bound by memory: long enough to stream, short enough to share out evenly. */
@@ -28,6 +28,7 @@ struct product {
     const float *x_scale; /* NULL: out gets the sums of codes as they are, int32 */
     const int32_t *x_sum;
     const float *xf;
+    const uint16_t *xb; /* bf16 rows for bf16 weights, where the level multiplies them as they are; else NULL */
     void *out;
     int out_dtype;
     size_t rows_per_task, count;
@@ -111,8 +112,13 @@ static void float_task(const void *context, size_t index, int thread) {
     for (int64_t done = 0; done < task->tokens; done += TOKEN_CHUNK) {
         int64_t first = task->token + done, left = task->tokens - done;
         size_t tokens = left < TOKEN_CHUNK ? (size_t)left : TOKEN_CHUNK;
-        kernels->dot_float(w, weights->dtype, k, rows, product->xf + (size_t)first * k, k, tokens, k, acc, ldacc,
-                           following_task(product, index, left));
+        const struct following following = following_task(product, index, left);
+        const size_t from = (size_t)first * k;
+        if (product->xb != NULL) {
+            kernels->dot_bf16((const uint16_t *)(const void *)w, rows, product->xb + from, tokens, k, acc, ldacc, following);
+        } else {
+            kernels->dot_float(w, weights->dtype, k, rows, product->xf + from, k, tokens, k, acc, ldacc, following);
+        }
         for (size_t t = 0; t < tokens; t++) {
             void *out = out_at(product, first + (int64_t)t, task->column);
             kernels->from_float(acc + t * ldacc, rows, out, product->out_dtype);
@@ -148,12 +154,21 @@ static void prepare_task(const void *context, size_t index, int thread) {
 
 static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* Tells the pool what the first tasks read: rows of one part, one task behind the other. */
+static void note_weights(npuq_pool *pool, const npuq_weights *weights, const struct task *first) {
+    const npuq_part *part = &weights->part[first->group * weights->parts + first->part];
+    const size_t packed = weights->dtype == NPUQ_I4 ? 2 : 1, row = (size_t)weights->cols * size_of(weights->dtype);
+    const size_t step = (size_t)first->rows / packed * row, bytes = (size_t)part->rows / packed * row;
+    pool_note(pool, weights->part, (struct weights_read){part->weight, step, bytes});
+}
+
 /* npuq_matmul of the groups that have tokens, at least one. */
 static int run_product(npuq_pool *pool, const npuq_weights *weights, const void *x, int x_dtype, const float *x_scale,
                        const struct active *active, size_t groups, int64_t m, void *out, int out_dtype) {
     size_t k = (size_t)weights->cols, tokens = (size_t)m, most = (size_t)active[groups - 1].tokens;
     const struct kernels *kernels = pool_kernels(pool);
     bool integer = x_dtype == NPUQ_I8;
+    bool in_bf16 = weights->dtype == NPUQ_BF16 && x_dtype == NPUQ_BF16 && kernels->dot_bf16 != NULL;
     bool spread = weights->dtype == NPUQ_I4 && most > kernels->direct_tokens;
     size_t row_bytes = spread ? k : weights->dtype == NPUQ_I4 ? k / 2 : k * size_of(weights->dtype);
     size_t bytes = most > MEMORY_BOUND_TOKENS ? CACHED_BYTES : STREAM_BYTES;
@@ -162,7 +177,7 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     size_t step = rows_per_task(weights, row_bytes, bytes, groups, pool_threads(pool));
     size_t count = count_tasks(weights, active, groups, step);
     size_t task_bytes = aligned(count * sizeof(struct task));
-    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 ? 0 : tokens * k * 4;
+    size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 || in_bf16 ? 0 : tokens * k * 4;
     size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
 
     int status = pool_scratch(pool, thread_bytes, 2 * task_bytes + token_bytes);
@@ -175,9 +190,11 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     if (token_bytes > 0) pool_run(pool, prepare_task, &rows, (tokens + PREPARED_ROWS - 1) / PREPARED_ROWS);
     struct product product = {
         .pool = pool, .kernels = kernels, .weights = weights, .tasks = groups > 1 ? tasks : sorted, .x8 = x,
-        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared, .out = out,
+        .x_scale = x_scale, .x_sum = prepared, .xf = x_dtype == NPUQ_F32 ? x : prepared,
+        .xb = in_bf16 ? x : NULL, .out = out,
         .out_dtype = out_dtype, .rows_per_task = step, .count = count,
     };
+    note_weights(pool, weights, product.tasks);
     pool_run(pool, integer ? integer_task : float_task, &product, count);
     return NPUQ_OK;
 }
@@ -243,66 +260,4 @@ int npuq_scale_sums(npuq_pool *pool, const npuq_weights *weights, const int32_t 
     pool_run(pool, scale_task, &scaling, (size_t)m);
     pool_end(pool);
     return NPUQ_OK;
-}
-
-struct batch {
-    npuq_pool *pool;
-    const struct kernels *kernels;
-    const char *x, *weight;
-    char *out;
-    int dtype, weight_dtype;
-    size_t x_token_stride, x_head_stride, tokens, heads, a, b;
-    size_t head_stride, row_stride;
-    bool transposed; /* weight rows run along b's inputs: out[b] is a dot product with row b */
-};
-
-/* One head, all tokens: its matrix is read once. */
-static void batch_task(const void *context, size_t head, int thread) {
-    const struct batch *batch = context;
-    const struct kernels *kernels = batch->kernels;
-    size_t a = batch->a, b = batch->b, ldb = (b + 3) / 4 * 4, size = size_of(batch->dtype);
-    float *x = pool_thread_scratch(batch->pool, thread), *out = x + a * TOKEN_CHUNK;
-    const size_t stored = size_of(batch->weight_dtype), head_bytes = batch->head_stride * stored;
-    const size_t next = head + (size_t)pool_threads(batch->pool);
-    const char *w = batch->weight + head * head_bytes;
-    struct following following = {NULL, 0};
-    if (next < batch->heads) {
-        following.weights = (const uint8_t *)batch->weight + next * head_bytes;
-        following.bytes = b * batch->row_stride * stored;
-    }
-    for (size_t first = 0; first < batch->tokens; first += TOKEN_CHUNK) {
-        size_t tokens = batch->tokens - first < TOKEN_CHUNK ? batch->tokens - first : TOKEN_CHUNK;
-        for (size_t t = 0; t < tokens; t++) {
-            size_t at = (first + t) * batch->x_token_stride + head * batch->x_head_stride;
-            kernels->to_float(batch->x + at * size, batch->dtype, a, x + t * a);
-        }
-        if (batch->transposed) {
-            kernels->dot_float(w, batch->weight_dtype, batch->row_stride, b, x, a, tokens, a, out, ldb, following);
-        } else {
-            kernels->axpy_float(w, batch->weight_dtype, batch->row_stride, a, b, x, a, tokens, out, ldb);
-        }
-        for (size_t t = 0; t < tokens; t++) {
-            char *to = batch->out + ((first + t) * batch->heads + head) * b * size;
-            kernels->from_float(out + t * ldb, b, to, batch->dtype);
-        }
-    }
-}
-
-int npuq_batch_matmul(npuq_pool *pool, const void *x, int32_t dtype, int64_t x_token_stride, int64_t x_head_stride,
-                      int64_t tokens, int64_t heads, int64_t a, int64_t b, const void *weight, int32_t weight_dtype,
-                      int64_t head_stride, int64_t a_stride, int64_t b_stride, void *out) {
-    if (!computes(dtype) || !is_float(weight_dtype) || tokens < 0 || heads < 0 || a < 0 || b < 0) return NPUQ_BAD_SIZE;
-    if (a_stride != 1 && b_stride != 1) return NPUQ_BAD_SIZE;
-    struct batch batch = {
-        .pool = pool, .kernels = pool_kernels(pool), .x = x, .weight = weight, .out = out, .dtype = dtype,
-        .weight_dtype = weight_dtype, .x_token_stride = (size_t)x_token_stride,
-        .x_head_stride = (size_t)x_head_stride, .tokens = (size_t)tokens, .heads = (size_t)heads, .a = (size_t)a,
-        .b = (size_t)b, .head_stride = (size_t)head_stride, .transposed = b_stride != 1,
-        .row_stride = (size_t)(b_stride != 1 ? b_stride : a_stride),
-    };
-    pool_begin(pool);
-    int status = pool_scratch(pool, (batch.a + batch.b + 3) * TOKEN_CHUNK * sizeof(float), 0);
-    if (status == NPUQ_OK) pool_run(pool, batch_task, &batch, batch.heads);
-    pool_end(pool);
-    return status;
 }

@@ -9,10 +9,15 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .limits import SEND_SECONDS
+from ..limits import SEND_SECONDS
+from .documents import encoded
+from .errors import bad_request
 
 HEAD_SECONDS: Final = 30.0
 """A request's head has to arrive within this time, from the connection's first byte or the last answer's end."""
+REST_SECONDS: Final = 10.0
+REST_BYTES: Final = 8 << 20
+"""Of a body whose answer has been sent without it: clients send all before they read. It is thrown away."""
 
 
 def most_connections() -> int:
@@ -23,13 +28,16 @@ def most_connections() -> int:
 
 class Protocol(H11Protocol):
     """A connection. It is closed where there are `most_connections`, when a request's head takes too long, and when the
-    client takes nothing of what waits to be sent: neither its memory nor its place would come back.
+    client takes nothing of what waits to be sent: neither its memory nor its place would come back. So it is where the
+    rest of a body that nobody waits for takes too long, or is too long.
     """
 
     _head: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
     _took = False
     """The client has taken what had stopped the writing."""
+    _rest: asyncio.TimerHandle | None = None
+    _rest_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -43,15 +51,39 @@ class Protocol(H11Protocol):
         self._stop_waiting()
         if self._taking is not None:
             self._taking.cancel()
+        self._stop_rest()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it after a reset: it would hold all of this for a minute
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._rest is not None:
+            self._rest_bytes += len(data)
+            if self.conn.their_state is not h11.SEND_BODY:
+                self._stop_rest()
+            elif self._rest_bytes > REST_BYTES:
+                self.transport.abort()
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         elif self._head is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self._rest_bytes = 0
+            self._rest = self.loop.call_later(REST_SECONDS, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in OpenAI's form, and close. Behind an answer that has begun, just close."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        body = encoded(bad_request(msg).body())
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def resume_writing(self) -> None:
         self._took = True
@@ -70,6 +102,11 @@ class Protocol(H11Protocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def _stop_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
 
     def _head_is_late(self) -> None:
         self._head = None

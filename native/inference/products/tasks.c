@@ -1,5 +1,5 @@
 /* Cuts a product into tasks, and alternates tasks that wait for memory with tasks that compute. */
-#include "inference/tasks.h"
+#include "inference/products/tasks.h"
 
 /* A weight's products with so many tokens take as long as reading it. */
 enum { STREAMED_TOKENS = 3 };

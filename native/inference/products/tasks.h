@@ -1,6 +1,6 @@
 /* The cutting of a product into tasks, and their order. */
-#ifndef NPUQ_INFERENCE_TASKS_H
-#define NPUQ_INFERENCE_TASKS_H
+#ifndef NPUQ_INFERENCE_PRODUCTS_TASKS_H
+#define NPUQ_INFERENCE_PRODUCTS_TASKS_H
 
 #include "npuq.h"
 

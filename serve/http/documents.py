@@ -15,9 +15,14 @@ PING: Final = b": ping\n\n"
 """A comment, which clients skip."""
 
 
+def encoded(document: Any) -> bytes:
+    """A document of structs, dicts, lists, texts and numbers as JSON."""
+    return _encoder.encode(document)
+
+
 def json_response(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with one document: of structs, dicts, lists, texts and numbers."""
-    return Response(_encoder.encode(document), status, headers, media_type="application/json")
+    """A response with one document."""
+    return Response(encoded(document), status, headers, media_type="application/json")
 
 
 def events(documents: Iterable[Any]) -> bytes:

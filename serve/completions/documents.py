@@ -1,38 +1,19 @@
-"""`POST /v1/completions`: a prompt, or several, continued."""
+"""The answer to a completion request, as one document or in chunks."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 
-from ..runtime import Completion, Piece, Request
-from ..runtime.engine import check_token_ids
-from .access import record_of
-from .bodies import decode, unknown_fields
-from .errors import bad_request
-from .fields import SamplingFields, TokenId, sampling_params
-from .limits import MOST_LOGPROBS
-from .logprobs import CompletionLogprobs, TokenLists
-from .reply import Asked, Usage
-from .responding import respond
-from .service import Service
-
-
-class CompletionRequest(SamplingFields, kw_only=True):
-    """The body. echo: the answer begins with the prompt. logprobs: report tokens and so many likeliest ones."""
-
-    prompt: str | list[str | TokenId | list[TokenId]]
-    echo: bool | None = None
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_LOGPROBS)] | None = None
-    best_of: int | None = None
-    suffix: str | None = None
+from ...runtime import Completion, Piece, TokenLogprobs
+from ..logprobs import CompletionLogprobs, TokenLists
+from ..reply import Usage
+from ..service import Service
+from .request import CompletionRequest, Prompt
 
 
 class CompletionChoice(msgspec.Struct):
@@ -55,14 +36,6 @@ class CompletionDocument(msgspec.Struct):
     usage: Usage | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt: its tokens, and its text as the client wrote it."""
-
-    tokens: list[int]
-    text: str
-
-
 class CompletionReply:
     """Documents of a completion. prompts: of the request. empty: nothing was asked for but the prompt."""
 
@@ -77,9 +50,15 @@ class CompletionReply:
         self._lists = [TokenLists(self._tokenizer) for _ in range(n * len(prompts))] if self._with_logprobs else []
 
     def opening(self) -> Sequence[Any]:
-        if not self._echo:
+        if not self._echo or self._with_logprobs:  # those come with the prompt's steps
             return ()
         return [self._document([CompletionChoice(index, self._prompt(index).text)]) for index in self._indices]
+
+    def prompt_chunk(self, index: int, logprobs: Sequence[TokenLogprobs]) -> Any:
+        """The chunk of a completion's prompt, before its first piece."""
+        prompt = self._prompt(index)
+        lists = self._lists[index].prompt(prompt.tokens, logprobs)
+        return self._document([CompletionChoice(index, prompt.text, lists)])
 
     def chunks(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         return [self._document([self._next(piece)]) for piece in pieces]
@@ -143,62 +122,3 @@ class CompletionReply:
         self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType = msgspec.UNSET
     ) -> CompletionDocument:
         return CompletionDocument(self._id, "text_completion", self._created, self._model, choices, usage)
-
-
-async def completions(service: Service, http: HttpRequest, body: bytes) -> Response:
-    """Answer `POST /v1/completions`."""
-    asked = await service.in_thread(_asked, service, body, record_of(http.scope).key)
-    return await respond(service, http, asked)
-
-
-def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
-    given = decode(body, CompletionRequest)
-    service.metrics.unknown_fields.inc(unknown_fields(body, CompletionRequest))
-    service.check_model(given.model)
-    if given.suffix:
-        raise bad_request("suffix is not supported: the model continues texts only", "suffix")
-    if given.best_of not in (None, given.n or 1):
-        raise bad_request("best_of is not supported beside n", "best_of")
-    if given.stream and given.echo and given.logprobs is not None:
-        raise bad_request("a stream has no logprobs of its prompt: leave out stream, echo or logprobs", "stream")
-    params = sampling_params(
-        given,
-        service.params,
-        service.limits,
-        given.max_tokens or (None if given.max_tokens is None else 1),  # a step is taken for the prompt alone, too
-        logprobs=given.logprobs,
-        prompt_logprobs=given.logprobs if given.echo else None,
-    )
-    texts = _prompts(given.prompt)
-    service.check_count(len(texts), params.n)
-    prompts = [_prompt(service, text, bool(given.echo)) for text in texts]
-    return Asked(
-        Request([prompt.tokens for prompt in prompts], params, salt=service.salt(key, given.cache_salt)),
-        CompletionReply(service, given, prompts, params.n),
-        stream=bool(given.stream),
-        include_usage=given.stream_options is not None and bool(given.stream_options.include_usage),
-    )
-
-
-def _prompts(given: str | list[Any]) -> list[str | list[int]]:
-    """The prompts of a body: a text, token ids, or a list of either."""
-    if isinstance(given, str):
-        return [given]
-    if not given:
-        raise bad_request("prompt is an empty list", "prompt")
-    if all(isinstance(entry, int) for entry in given):
-        return [given]
-    if any(isinstance(entry, int) for entry in given):
-        raise bad_request("prompt mixes token ids with prompts", "prompt")
-    return given
-
-
-def _prompt(service: Service, given: str | list[int], echo: bool) -> Prompt:
-    tokenizer = service.model.tokenizer
-    if isinstance(given, str):
-        return Prompt(tokenizer.encode(given), given)
-    if not given:
-        raise bad_request("a prompt is empty: it has no tokens to continue", "prompt")
-    service.check_length(len(given))
-    check_token_ids(given, service.model.engine.model.config.vocab_size)
-    return Prompt(given, tokenizer.decode(given) if echo else "")

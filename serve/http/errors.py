@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..errors import GenerationError, NpuqError
+from ...errors import GenerationError, NpuqError
 
 _TYPES: Final = {
     401: "authentication_error",
