@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -282,8 +283,9 @@ def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPat
         connection.close()
 
 
-def test_a_full_queue_says_when_to_ask_again(small: Running, brake: Brake) -> None:
+def test_a_full_queue_says_when_to_ask_again(small: Running, brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read of such a request. The official client asks again by itself, and gets its answer."""
+    monkeypatch.setattr(small.service, "limits", replace(small.service.limits, request_seconds=60.0))
     held = [small.send(prompt="A text", max_tokens=2) for _ in range(2)]
     wait_for(lambda: small.service.num_answering == 2)
     answer = small.complete(prompt="A text")
