@@ -129,7 +129,7 @@ def run_expert(arithmetic: Arithmetic, x: Tensor, seed: int) -> tuple[RecordingL
     """Quantize an expert by the code of a conversion."""
     linears = RecordingLinears(arithmetic)
     walk = SimpleNamespace(
-        pool=SimpleNamespace(inline=INLINE), linears=linears, ops=CalibrationOps(arithmetic), smooth=False
+        pool=SimpleNamespace(inline=INLINE), expert_linears=linears, ops=CalibrationOps(arithmetic), smooth=False
     )
     jobs = tuple(
         SimpleNamespace(

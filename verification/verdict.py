@@ -89,6 +89,7 @@ def verify(
             weights = _source_weights(stack.enter_context(Checkpoint.open(source)), directory, family)
         pool = stack.enter_context(Pool(workers or len(os.sched_getaffinity(0))))
         stack.enter_context(single_threaded_torch())
+        problems: list[str] = []
         files = {} if manifest is None else manifest["files"]
         hashed = None if manifest is None else FileChecks(directory, files, pool, watch)
         try:
