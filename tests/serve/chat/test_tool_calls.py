@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+from npuq.serve import engine_thread
+
 from .chat_models import COMPACT, DEEPSEEK, KIMI, MARKERS, ScriptedConversations
 from .test_chat import THINKING
 
@@ -64,8 +66,9 @@ def test_the_clients_stream_helper_assembles_two_calls(chat: openai.OpenAI, scri
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done", "content.done"} <= kinds
 
 
-def test_deltas_of_a_call(chat: openai.OpenAI, script: ScriptedConversations) -> None:
+def test_deltas_of_a_call(chat: openai.OpenAI, script: ScriptedConversations, monkeypatch: pytest.MonkeyPatch) -> None:
     """Id, type and name once and first; arguments in pieces; an index in each, and whole characters."""
+    monkeypatch.setattr(engine_thread, "_GATHER_SECONDS", 0.0)  # a piece a token
     script.say(TWO_CALLS)
     deltas = [
         call
