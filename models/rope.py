@@ -62,10 +62,10 @@ def rope_tables(config: ModelConfig) -> RopeTables:
 
 
 def table_bytes(config: ModelConfig) -> int:
-    """The bytes of both tables. Raises what `rope_tables` would, without their time."""
+    """The bytes of both tables, 0 for a model without. Raises what `rope_tables` would, without their time."""
     rope = config.rope
     attention_factor(rope), inverse_frequencies(rope, rope.positions), attention_scale(config)
-    return 2 * rope.positions * (rope.dim // 2) * np.dtype(np.float32).itemsize
+    return 2 * rope.positions * config.rope_pairs * np.dtype(np.float32).itemsize
 
 
 def attention_scale(config: ModelConfig) -> float:

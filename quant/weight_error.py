@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Final
@@ -27,6 +28,15 @@ class ErrorSums:
     def relative_error(self) -> float:
         """The weight error of these sums."""
         return relative_error(self.squared_error, self.squared_norm)
+
+
+def added(values: Iterable[float]) -> float:
+    """The sum from the first to the last, rounded after each. Python's own `sum` compensates from 3.12 on; an artifact
+    should not depend on that."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def relative_error(squared_error: float, squared_norm: float) -> float:

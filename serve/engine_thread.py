@@ -38,6 +38,7 @@ class EngineThread:
         self._ready: deque[Generation] = deque()
         self._telling = False
         self._woken_at = 0.0
+        self._gathering: asyncio.TimerHandle | None = None
         self._longest_step = 0.0
         self.num_steps = 0
         self._progress_at = time.perf_counter()
@@ -79,10 +80,17 @@ class EngineThread:
     def _wake_in_time(self) -> None:
         """Wake the readers now, or a little later where they were woken just before."""
         assert self._events is not None
-        self._events.call_at(self._woken_at + _GATHER_SECONDS, self._wake)  # at once, if that is over
+        if self._gathering is None:
+            # At once, if that is over.
+            self._gathering = self._events.call_at(self._woken_at + _GATHER_SECONDS, self._wake)
 
     def _wake(self) -> None:
         assert self._events is not None
+        if (
+            self._gathering is not None
+        ):  # another has come first: with two timers, readers would be woken twice as often
+            self._gathering.cancel()
+            self._gathering = None
         self._woken_at = self._events.time()
         self._telling = False  # before the queue is emptied: a generation that comes meanwhile calls again
         while self._ready:

@@ -45,10 +45,9 @@ async def respond(service: Service, http: HttpRequest, asked: Asked) -> Response
             ending.pop_all()
             return _StreamedAnswer(answer)
         try:
-            document = await _while_connected(http.receive, answer.whole())
+            return await _while_connected(http.receive, answer.whole())
         except GenerationError as error:
             raise failure(error, service.failure_status) from None
-    return json_response(document)
 
 
 def _log_prompts(service: Service, request: Request, record: Record) -> None:
@@ -70,14 +69,17 @@ class _Answer:
         seconds = service.limits.request_seconds
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._out_of_time) if seconds else None
 
-    async def whole(self) -> Any:
-        """The one document."""
+    async def whole(self) -> Response:
+        """The one document; a large one is made and encoded in a thread."""
         async for pieces in self._generation.batches():
             self._watch(pieces)
         whole, completions, usage = self._asked.reply.whole, self._completions(), self._usage()
-        if usage.total_tokens * (1 + (self._asked.request.params.logprobs or 0)) <= _FEW_TOKENS:
-            return whole(completions, usage)
-        return await self.service.in_thread(whole, completions, usage)
+        params = self._asked.request.params
+        # Each choice repeats its prompt's log-probabilities.
+        tokens = usage.total_tokens * (1 if params.prompt_logprobs is None else params.n)
+        if tokens * (1 + (params.logprobs or 0)) <= _FEW_TOKENS:
+            return json_response(whole(completions, usage))
+        return await self.service.in_thread(lambda: json_response(whole(completions, usage)))
 
     async def parts(self) -> AsyncIterator[bytes]:
         """The stream, in parts of one or more events; a failure is its last event."""

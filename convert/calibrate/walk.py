@@ -23,6 +23,7 @@ from ...models.roles import Role
 from ...models.rope import rope_tables
 from ...parallel.pool import Pool
 from ...parallel.torch_threads import single_threaded_torch
+from ...quant.weight_error import added
 from ...runtime.attention.kinds import attention_of, dense_attention_of
 from ...runtime.ranks.group import ALONE, Group
 from ..plan.memory import Budget
@@ -335,5 +336,5 @@ def _relative(pool: RankedPool, streams: StreamPair) -> float:
 
     found = pool.gathered(squares, row_chunks(streams.floats.shape[0]))
     # In this order, whatever the number of ranks.
-    lost, norm = sum(lost for lost, _ in found), sum(norm for _, norm in found)
+    lost, norm = added(lost for lost, _ in found), added(norm for _, norm in found)
     return math.sqrt(lost / norm) if norm else 0.0

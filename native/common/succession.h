@@ -51,10 +51,10 @@ static inline struct link *link_of(struct succession *succession, const void *pr
     return &succession->link[((uint64_t)(uintptr_t)product * 0x9E3779B97F4A7C15u >> 40) % LINKS];
 }
 
-/* Believed once it was seen twice in a row: an odd step between others changes nothing. */
+/* Replaced once two others in a row followed: an odd step between others changes nothing. Tasks of the same weights have
+ * another size in a step of another number of tokens: the last one counts. */
 static inline void learn(struct link *link, const void *product, struct weights_read next) {
-    if (link->product == product && link->next.start == next.start) link->missed = false;
-    else if (link->product == product && !link->missed) link->missed = true;
+    if (link->product == product && link->next.start != next.start && !link->missed) link->missed = true;
     else *link = (struct link){product, next, false};
 }
 

@@ -42,7 +42,8 @@ def _asked(service: Service, body: bytes, key: bytes | None) -> Asked:
     texts = prompts_of(given.prompt)
     service.check_count(len(texts), params.n)
     prompts = [prompt_of(service, text, bool(given.echo)) for text in texts]
-    tokens, most = sum(len(prompt.tokens) for prompt in prompts), service.limits.max_queued_tokens
+    # Each choice of a prompt repeats its tokens.
+    tokens, most = sum(len(prompt.tokens) for prompt in prompts) * params.n, service.limits.max_queued_tokens
     if params.prompt_logprobs is not None and tokens > most:
         raise bad_request(f"echo with logprobs of {tokens} prompt tokens is above {most}, the limit of this server")
     reply = CompletionReply(service, given, prompts, params.n)

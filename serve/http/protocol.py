@@ -58,8 +58,9 @@ class Protocol(H11Protocol):
         self._unset_keepalive_if_required()  # uvicorn leaves it after a reset: it would hold all of this for a minute
 
     def data_received(self, data: bytes) -> None:
+        cycle = self.cycle
         super().data_received(data)
-        if self._rest is not None:
+        if self._rest is not None and self.cycle is cycle:
             self._rest_bytes += len(data)
             if self.conn.their_state is not h11.SEND_BODY:
                 self._stop_rest()
@@ -71,8 +72,12 @@ class Protocol(H11Protocol):
             self._head = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def on_response_complete(self) -> None:
+        cycle = self.cycle
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+        if self.cycle is not cycle:  # the next request has begun: what comes is its own body
+            self._stop_rest()
+        elif self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self._stop_rest()
             self._rest_bytes = 0
             self._rest = self.loop.call_later(REST_SECONDS, self.transport.abort)
 
@@ -81,6 +86,9 @@ class Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
+        if self.cycle is not None:  # its task may begin behind this answer, and must not send another
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = encoded(bad_request(msg).body())
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (
@@ -100,16 +108,12 @@ class Protocol(H11Protocol):
         `before`: a client that takes a few of them now and then would hold an answer in memory for days.
         """
         left = self.transport.get_write_buffer_size()
-        if (
-            before
-            and left > before - SEND_BYTES
-            and not self._took
-            and (self.flow.write_paused or self.transport.is_closing())
-        ):
+        grows = not (self.flow.write_paused or self.transport.is_closing())  # then `left` does not tell what was taken
+        if before and left > before - SEND_BYTES and not self._took and not grows:
             self.transport.abort()
             return
         self._took = False
-        self._taking = self.loop.call_later(SEND_SECONDS, self._check_taking, left)
+        self._taking = self.loop.call_later(SEND_SECONDS, self._check_taking, 0 if grows else left)
 
     def _stop_waiting(self) -> None:
         if self._head is not None:

@@ -32,7 +32,7 @@ DEEP = 100_000
 @pytest.fixture(scope="module")
 def small(model: LanguageModel) -> Iterator[Running]:
     """A server with narrow limits."""
-    limits = Limits(max_body=2000, max_queue=2, max_queued_tokens=50, max_prompts=3, request_seconds=1.0)
+    limits = Limits(max_body=2000, max_queue=2, max_queued_tokens=50, max_prompts=3)
     with running(Service(model, ["tiny"], SamplingParams(), limits)) as found:
         yield found
 
@@ -252,6 +252,7 @@ def test_what_is_no_http_is_refused(server: Running) -> None:
 def test_a_client_that_takes_hardly_anything_is_given_up() -> None:
     """A few bytes now and then: its answer would stay in memory for days. One that is slow is not."""
     aborted: list[int] = []
+    looks: list[int] = []  # what the next one is told
     unsent = [0]
     transport = SimpleNamespace(
         get_write_buffer_size=lambda: unsent[0], abort=lambda: aborted.append(unsent[0]), is_closing=lambda: False
@@ -259,13 +260,18 @@ def test_a_client_that_takes_hardly_anything_is_given_up() -> None:
     protocol: Any = SimpleNamespace(
         transport=transport,
         flow=SimpleNamespace(write_paused=True),
-        loop=SimpleNamespace(call_later=lambda *given: None),
+        loop=SimpleNamespace(call_later=lambda seconds, call, before: looks.append(before)),
         _took=False,
         _check_taking=None,
     )
     for before, unsent[0] in ((0, 10**6), (10**6, 9 * 10**5), (10**6, 10**6 - 20_000)):
         Protocol._check_taking(protocol, before)
     assert not aborted
+    assert looks == [10**6, 9 * 10**5, 10**6 - 20_000]
+    protocol.flow.write_paused = False  # the answer grows: the client may have taken any number of bytes meanwhile
+    Protocol._check_taking(protocol, 10**6)
+    assert looks[-1] == 0 and not aborted
+    protocol.flow.write_paused = True
     unsent[0] = 10**6 - 2000
     Protocol._check_taking(protocol, 10**6)
     assert aborted == [10**6 - 2000]
@@ -283,9 +289,8 @@ def test_connections_have_a_limit(server: Running, monkeypatch: pytest.MonkeyPat
         connection.close()
 
 
-def test_a_full_queue_says_when_to_ask_again(small: Running, brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_says_when_to_ask_again(small: Running, brake: Brake) -> None:
     """Nothing is read of such a request. The official client asks again by itself, and gets its answer."""
-    monkeypatch.setattr(small.service, "limits", replace(small.service.limits, request_seconds=60.0))
     held = [small.send(prompt="A text", max_tokens=2) for _ in range(2)]
     wait_for(lambda: small.service.num_answering == 2)
     answer = small.complete(prompt="A text")
@@ -355,8 +360,9 @@ def test_no_work_is_done_for_prompts_beyond_the_limit(small: Running, monkeypatc
     assert "200 prompts" in answer.error["message"]
 
 
-def test_an_answer_that_takes_too_long_ends(small: Running, brake: Brake) -> None:
+def test_an_answer_that_takes_too_long_ends(small: Running, brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
     """The official client does not ask for it again."""
+    monkeypatch.setattr(small.service, "limits", replace(small.service.limits, request_seconds=1.0))
     brake.release(delay=0.2)
     with small.client() as client, pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="tiny", prompt="x", max_tokens=3000, extra_body={"ignore_eos": True})

@@ -20,7 +20,7 @@ from ....quant.hessian import Factor, Hessian, SingularHessianError, factor
 from ....quant.refine import Calibrated, calibrated_codes, output_error
 from ....quant.scales import Method, NonFiniteError
 from ....quant.stored_rows import StoredRows
-from ....quant.weight_error import ErrorSums
+from ....quant.weight_error import ErrorSums, added
 from ...plan.plan import Job
 from ...write.jobs import JobOutput, bytes_of
 from ...write.shards import ShardFiles
@@ -107,7 +107,7 @@ class Linears:
             codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
             tensors = linear_tensors(codes, scales, base, row_parallel=job.row_parallel)
             lost = tuple(
-                sum(float(part.sum()) for part in sums)
+                added(float(part.sum()) for part in sums)
                 for sums in ([part.squared_error for part in parts], [part.squared_norm for part in parts])
             )
         found = dequantize(tensors, base)
@@ -157,7 +157,7 @@ def _overflow_error(job: Job, dtype: torch.dtype) -> CheckpointError:
 def _squared_error(weight: Tensor, found: Tensor) -> float:
     """Σ (w − ŵ)² in float64, with only some rows in memory at a time."""
     parts = zip(weight.split(_ROWS), found.split(_ROWS), strict=True)
-    return sum(float((part.double() - other.double()).square().sum()) for part, other in parts)
+    return added(float((part.double() - other.double()).square().sum()) for part, other in parts)
 
 
 def measure(

@@ -162,8 +162,7 @@ static void negate_lowest(const int8_t *w, size_t rows, const int8_t *x, size_t 
 }
 
 #else
-/* A tile of one token, row by row in the order of memory: the hardware's prefetcher follows one long stream, twice as
- * fast as prefetching by hand could (a core has room for few of those at a time). */
+/* A tile of one token, row by row in the order of memory: the hardware's prefetcher follows one long stream. */
 INLINE void stream_tile(const enum storage storage, const uint8_t *w, size_t rows, const int8_t *x, size_t k,
                         size_t body, int32_t *acc) {
     const size_t last = (storage == PACKED ? rows / 2 : rows) - 1;

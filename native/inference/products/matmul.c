@@ -176,6 +176,7 @@ static int run_product(npuq_pool *pool, const npuq_weights *weights, const void 
     if (most > MEMORY_BOUND_TOKENS && bytes < least) bytes = least;
     size_t step = rows_per_task(weights, row_bytes, bytes, groups, pool_threads(pool));
     size_t count = count_tasks(weights, active, groups, step);
+    if (count == 0) return NPUQ_OK; /* no row of weights */
     size_t task_bytes = aligned(count * sizeof(struct task));
     size_t token_bytes = integer ? aligned(tokens * sizeof(int32_t)) : x_dtype == NPUQ_F32 || in_bf16 ? 0 : tokens * k * 4;
     size_t thread_bytes = step * TOKEN_CHUNK * sizeof(int32_t) + (spread ? step * k : 0);
