@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import EngineConfig
+    from .engine_config import EngineConfig
     from .evaluation.layer_error import LayerError, layer_errors
     from .evaluation.perplexity import Evaluation, evaluate
     from .llm import LanguageModel, load
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Completion": ".stream",
-    "EngineConfig": ".engine",
+    "EngineConfig": ".engine_config",
     "Evaluation": ".evaluation.perplexity",
     "Grammar": ".sampling.grammar",
     "Inbox": ".stream",

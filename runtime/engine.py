@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import GenerationError
 from ..inputs.printable import shown
 from .attention.pools import LayerCache
 from .block_manager import BlockManager
+from .engine_config import EngineConfig
 from .graph.decode import DecodeGraphs
 from .model import Model
 from .ranks.world import World
@@ -26,48 +27,6 @@ from .scheduler import Scheduled, Scheduler
 from .sequence import Sequence
 from .step import Chunk, RopeRows, StepBuilder
 from .step_budget import StepBudget
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of the engine: whole numbers, except for step_seconds.
-
-    kv_cache_bytes: memory for the paged cache, which is touched only as the cache fills. It bounds the context, as the
-    model's own limit does. None: `load` sizes it by memory (`Planner.auto_cache`). block_size: tokens a block, a
-    multiple of 16. max_num_seqs: sequences that run at once.
-    max_num_batched_tokens: tokens of a step, prefill chunks and decodes together. prefix_segment_tokens: cached tokens
-    that a chunk decompresses at a time. step_seconds: time that a step may take by its prefill, as measured on steps
-    before; None: any. prefix_cache: sequences that begin alike share cache blocks, also with those that have ended.
-    Raises GenerationError for sizes out of range.
-    """
-
-    kv_cache_bytes: int | None = None
-    block_size: int = 128
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 1024
-    prefix_segment_tokens: int = 4096
-    step_seconds: float | None = None
-    prefix_cache: bool = True
-
-    def __post_init__(self) -> None:
-        for name in [size.name for size in fields(self) if size.name not in ("step_seconds", "prefix_cache")]:
-            value = getattr(self, name)
-            if type(value) is not int and not (name == "kv_cache_bytes" and value is None):
-                raise GenerationError(f"{name} must be a whole number, not {shown(value)}")
-        if type(self.prefix_cache) is not bool:
-            raise GenerationError(f"prefix_cache must be True or False, not {shown(self.prefix_cache)}")
-        seconds = self.step_seconds
-        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < float("inf")):
-            raise GenerationError(f"step_seconds must be None or a number above 0, not {shown(seconds)}")
-        if self.block_size < 16 or self.block_size > 1024 or self.block_size % 16:
-            raise GenerationError(f"block_size {self.block_size} is not valid: a multiple of 16 up to 1024")
-        if not 1 <= self.max_num_seqs < self.max_num_batched_tokens:
-            raise GenerationError(
-                f"max_num_seqs {self.max_num_seqs} must be at least 1 and below max_num_batched_tokens "
-                f"{self.max_num_batched_tokens}"
-            )
-        if self.prefix_segment_tokens < 1:
-            raise GenerationError(f"prefix_segment_tokens {self.prefix_segment_tokens} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -113,18 +72,18 @@ class Engine:
         pools = [model.attention.pools(layer) for layer in layers]
         caches = model.ops.caches
         stored = [caches.stored(own, scale) for own, scale in zip(pools, scales, strict=True)]
-        block_bytes = sum(pool.block_bytes(config.block_size) for pool in chain.from_iterable(stored))
+        block_bytes = sum(pool.block_bytes(config.block_tokens) for pool in chain.from_iterable(stored))
         num_blocks = _num_blocks(block_bytes, rope.max_position, config)
         if world is not None:
             num_blocks = world.least(num_blocks)
-        self.cache_tokens = num_blocks * config.block_size
+        self.cache_tokens = num_blocks * config.block_tokens
         self.cache_bytes = num_blocks * block_bytes
         self.context = min(rope.max_position, self.cache_tokens)
         # With an int8 cache a token alone rounds its query: two of a prompt stay together.
         computed = 2 if self._int8_cache else 1
-        self.blocks = BlockManager(num_blocks, config.block_size, reuse=config.prefix_cache, computed=computed)
+        self.blocks = BlockManager(num_blocks, config.block_tokens, reuse=config.prefix_cache, computed=computed)
         self._cache = tuple(
-            caches.new(own, num_blocks, config.block_size, scale) for own, scale in zip(pools, scales, strict=True)
+            caches.new(own, num_blocks, config.block_tokens, scale) for own, scale in zip(pools, scales, strict=True)
         )
         self._dense_tokens = model.attention.dense_tokens
         # With an int8 cache absorbed form rounds queries, which prompts should not notice.
@@ -133,14 +92,14 @@ class Engine:
         self._builder = StepBuilder(
             model.ops,
             rope,
-            config.block_size,
+            config.block_tokens,
             config.prefix_segment_tokens,
             self._dense_tokens,
             model.attention.continues_on_pages,
         )
         self.graphs = self._capture() if use_graphs else None
         self._world, self._number = world, 0 if world is None else world.add(self._run_alone)
-        self.budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_size)
+        self.budget = StepBudget(config.max_num_batched_tokens, config.step_seconds, config.block_tokens)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, self.budget)
 
     def sequence(
@@ -173,7 +132,7 @@ class Engine:
                 + (", or raise kv_cache_bytes" if self.context < self.model.config.max_position_embeddings else "")
             )
         stop_ids = stop_ids.union(params.stop_token_ids, () if params.ignore_eos else self.eos_ids)
-        if not self.config.prefix_cache or len(prompt) <= self.config.block_size:
+        if not self.config.prefix_cache or len(prompt) <= self.config.block_tokens:
             leader = None  # it has no block to give
         return Sequence.start(prompt, params, self.context, stop_ids, choice, grammar, salt, leader)
 
@@ -346,7 +305,7 @@ class Engine:
             self._cache,
             self._builder,
             self.config.max_num_seqs,
-            table_width=-(-self.context // self.config.block_size),
+            table_width=-(-self.context // self.config.block_tokens),
             spare_block=self.blocks.num_blocks,
         )
 
@@ -422,7 +381,7 @@ def _num_blocks(block_bytes: int, max_position: int, config: EngineConfig) -> in
     affordable = config.kv_cache_bytes // block_bytes
     if affordable < 1:
         raise GenerationError(
-            f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_size} tokens takes "
+            f"kv_cache_bytes {config.kv_cache_bytes} holds no block; one of {config.block_tokens} tokens takes "
             f"{block_bytes}: give the cache (--cache-size) at least that"
         )
-    return min(affordable, config.max_num_seqs * -(-max_position // config.block_size))
+    return min(affordable, config.max_num_seqs * -(-max_position // config.block_tokens))

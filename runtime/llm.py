@@ -25,7 +25,8 @@ from ..inputs.printable import shown
 from ..units import format_bytes
 from .attention.kinds import attention_of, check_backend
 from .backend import make_ops
-from .engine import Engine, EngineConfig
+from .engine import Engine
+from .engine_config import EngineConfig
 from .loop import Loop
 from .memory.machine import engine_cache, free_memory, planner_of, rank_memory
 from .memory.plan import Planner, RankPlan
@@ -314,6 +315,7 @@ def load(
         checkpoint.read_as(family)
         config = read_model_config(checkpoint)
         check_backend(config, ops)
+        sizes = sizes.on(ops.name, config)
         ends = eos_ids(directory, generation, checkpoint.text_config)
         tables = load_rope_tables(checkpoint, config)
         int8_cache = kv_cache_dtype == "int8"

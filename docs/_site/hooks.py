@@ -38,7 +38,7 @@ API = {
                      "verification.inspection.Inspection"],
     "Hubs": ["hub.pushing.push", "hub.pulling.pull", "hub.pushing.PushSummary"],
     "Running a model": ["runtime.llm.load", "runtime.llm.LanguageModel", "runtime.stream.Completion",
-                        "runtime.stream.Piece", "runtime.sampling.params.SamplingParams", "runtime.engine.EngineConfig",
+                        "runtime.stream.Piece", "runtime.sampling.params.SamplingParams", "runtime.engine_config.EngineConfig",
                         "runtime.text.tokenizer.Tokenizer"],
     "Evaluation": ["runtime.evaluation.perplexity.evaluate", "runtime.evaluation.perplexity.Evaluation",
                    "runtime.evaluation.layer_error.layer_errors", "runtime.evaluation.layer_error.LayerError"],

@@ -14,7 +14,7 @@ from ...errors import GenerationError
 from ...formats.artifact import converted_as
 from ...formats.checkpoint import read_config
 from ...progress import Progress, Silent, Task
-from ..engine import EngineConfig
+from ..engine_config import EngineConfig
 from ..llm import LanguageModel, load, local_directory
 from ..sampling.sampler import NotFiniteError
 from ..text.tokenizer import Tokenizer

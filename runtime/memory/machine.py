@@ -13,7 +13,7 @@ import torch
 from ...errors import BackendError, NpuqError
 from ...inputs.files import read_text
 from ...models.config import ModelConfig
-from ..engine import EngineConfig
+from ..engine_config import EngineConfig
 from ..ops import Ops
 from .plan import Planner, RankPlan
 from .stored import Stored, model_of_forms
@@ -38,7 +38,7 @@ def planner_of(
     form: how its tensors are stored, by name. memory: of a rank, as of `rank_memory`.
     """
     sizes = StepSizes(
-        engine.max_num_batched_tokens, engine.prefix_segment_tokens, engine.max_num_seqs, engine.block_size
+        engine.max_num_batched_tokens, engine.prefix_segment_tokens, engine.max_num_seqs, engine.block_tokens
     )
     return Planner(model_of_forms(config, form), backend_memory(ops), memory, sizes, int8_cache)
 
@@ -50,8 +50,8 @@ def engine_cache(planner: Planner, plan: RankPlan, engine: EngineConfig, free: i
     """
     if engine.kv_cache_bytes is None:
         return planner.auto_cache(plan, free)
-    block = plan.cache_token * engine.block_size
-    most = engine.max_num_seqs * -(-plan.context // engine.block_size)
+    block = plan.cache_token * engine.block_tokens
+    most = engine.max_num_seqs * -(-plan.context // engine.block_tokens)
     return min(engine.kv_cache_bytes // block, most) * block
 
 

@@ -20,7 +20,8 @@ from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.sources.model_config import read_model_config
 from npuq.runtime.attention.kinds import attention_of
 from npuq.runtime.attention.pools import LayerCache
-from npuq.runtime.engine import Engine, EngineConfig
+from npuq.runtime.engine import Engine
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.model import Model
 from npuq.runtime.ops import Ops, Step
 from npuq.runtime.ops.cpu import CpuOps

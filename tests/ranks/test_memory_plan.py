@@ -23,7 +23,7 @@ from npuq.formats.safetensors import encode_header
 from npuq.models.config import ModelConfig
 from npuq.recipes.reading import load_recipe
 from npuq.runtime import llm
-from npuq.runtime.engine import EngineConfig
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.memory import machine
 from npuq.runtime.memory.plan import Planner
 from npuq.runtime.memory.weights import CpuMemory, NpuMemory

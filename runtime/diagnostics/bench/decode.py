@@ -15,7 +15,8 @@ from ....formats.sources.model_config import read_model_config
 from ....models.config import ModelConfig
 from ...attention.kinds import attention_of
 from ...backend import make_ops
-from ...engine import Engine, EngineConfig
+from ...engine import Engine
+from ...engine_config import EngineConfig
 from ...graph.decode import DecodeGraphs
 from ...llm import load
 from ...step import Chunk, RopeRows

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npuq.formats.artifact import KV_CACHE_NAME
 from npuq.runtime import llm
-from npuq.runtime.engine import EngineConfig
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.ops import LayerCache, Ops, Step
 from npuq.runtime.ops.ascend.operators import AscendOps
 from npuq.runtime.ops.cpu import CpuOps

@@ -12,7 +12,7 @@ from held import held_bytes
 from npuq.errors import BackendError
 from npuq.native.mapped import MappedFiles
 from npuq.runtime import llm
-from npuq.runtime.engine import EngineConfig
+from npuq.runtime.engine_config import EngineConfig
 
 SIZES: dict[str, Any] = {"block_size": 64, "max_num_seqs": 2, "max_num_batched_tokens": 40, "prefix_segment_tokens": 64}
 

@@ -14,7 +14,7 @@ from npuq.formats.sources.model_config import read_model_config
 from npuq.formats.sources.opening import open_weights
 from npuq.native.mapped import MappedFiles
 from npuq.runtime.attention.kinds import attention_of
-from npuq.runtime.engine import EngineConfig
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.memory.machine import engine_cache, planner_of
 from npuq.runtime.memory.stored import stored_model
 from npuq.runtime.memory.weights import NpuMemory, weight_bytes

@@ -18,7 +18,7 @@ from npuq.formats.checkpoint import Checkpoint
 from npuq.formats.kv_cache import load_scales, scale_name
 from npuq.models.config import ModelConfig
 from npuq.parallel.pool import Pool
-from npuq.runtime.engine import EngineConfig
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.llm import load
 from npuq.verification import verify
 

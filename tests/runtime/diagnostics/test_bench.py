@@ -19,7 +19,8 @@ from npuq.runtime.diagnostics import tune as tuning
 from npuq.runtime.diagnostics.bench import decode, timing
 from npuq.runtime.diagnostics.bench.synthetic import DEEPSEEK_V3_LAYERS, random_model
 from npuq.runtime.diagnostics.bench.traffic import operator_bytes, step_bytes
-from npuq.runtime.engine import Engine, EngineConfig
+from npuq.runtime.engine import Engine
+from npuq.runtime.engine_config import EngineConfig
 from npuq.runtime.ops.ascend.tuning.grouped_matmul import Tuning
 from npuq.runtime.step import Chunk, RopeRows
 
