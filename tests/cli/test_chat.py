@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_second_turn_of_a_pipe_starts_from_the_prefix_cache(template: Path) 
     first, second, again = json.loads(done.stdout)["turns"]
     assert first["prompt_tokens"] > 256 and first["cached_tokens"] == 0
     # All whole blocks of the first turn.
-    assert second["cached_tokens"] == first["prompt_tokens"] // 128 * 128
+    assert second["cached_tokens"] == first["prompt_tokens"] // 64 * 64
     assert second["prompt_tokens"] > first["prompt_tokens"] + 4
     assert second["content"] and again["content"] == second["content"]  # greedy: the same context, the same answer
 
@@ -52,7 +53,8 @@ def test_in_a_terminal_ctrl_c_stops_the_model_and_its_answer_is_kept(template: P
         process.type(f"/stats\n/save {saved}\n")
         cached = process.expect(r"([0-9]+) of them from the prefix cache")
         assert not cached.endswith(" 0 of them from the prefix cache")
-        process.expect("saved 4 messages")
+        process.expect("saved 4 messages[^>]*> ")
+        time.sleep(0.5)  # Python loses a signal between the prompt and its wait for a key, until there is one
         process.type("\x03")
         process.expect("Ctrl-C again")
         process.type("\x03")
