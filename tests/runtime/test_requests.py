@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,17 @@ def test_a_cache_without_a_size_is_sized_by_memory() -> None:
             EngineConfig(kv_cache_bytes=value)  # type: ignore[arg-type]
 
 
+def test_blocks_without_a_size_have_the_backends(chatty: LanguageModel) -> None:
+    config = chatty.engine.model.config
+    for backend, other, size in (("cpu", None, 64), ("ascend", None, 128), ("cpu", config.rope, 128)):
+        sizes = EngineConfig().on(backend, replace(config, compressed_rope=other))
+        assert sizes == EngineConfig(block_size=size) and sizes.block_tokens == size
+    assert EngineConfig(block_size=16).on("ascend", config).block_size == 16
+
+
 @pytest.mark.parametrize("size", ["block_size", "max_num_seqs", "max_num_batched_tokens"])
 def test_sizes_are_whole_numbers(size: str) -> None:
-    for value in ("64", 64.0, None):
+    for value in ("64", 64.0, *([None] if size != "block_size" else [])):
         with pytest.raises(GenerationError, match=f"{size} must be a whole number"):
             EngineConfig(**{size: value})  # type: ignore[arg-type]
 
