@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeAlias
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -18,12 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ..errors import NpuqError
 from ..inputs.printable import error_line
 from .chat.endpoint import chat_completions
 from .completions.endpoint import completions
-from .http.access import Gate
+from .http.access import Gate, has_two_lengths
 from .http.bodies import read_body
 from .http.documents import json_response
 from .http.errors import ApiError, bad_request
@@ -69,7 +71,7 @@ def make_app(service: Service) -> Starlette:
     middleware = [Middleware(Gate, service.access, service.log)]
     if service.access.origins:
         cors = Middleware(
-            CORSMiddleware,
+            _CrossOrigin,
             allow_origins=service.access.origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
@@ -81,6 +83,17 @@ def make_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False
     return app
+
+
+class _CrossOrigin(CORSMiddleware):
+    """Starlette's answers to other origins; a body with two lengths is the gate's to refuse, a preflight's too."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = scope["type"] == "http" and has_two_lengths(Headers(scope=scope))
+        if refused:
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def _guarded(service: Service, endpoint: Endpoint) -> Callable[[HttpRequest], Awaitable[Response]]:

@@ -20,7 +20,9 @@ PING_SECONDS: Final = 15.0
 SEND_SECONDS: Final = 60.0
 """A client that takes nothing for this time is gone; it is looked for as often, so it may have twice as long."""
 SEND_BYTES: Final = 1 << 14
-"""A client that takes fewer bytes than this in that time is gone, too, unless it takes all."""
+SEND_SHARE: Final = 16
+"""A client that takes fewer than these bytes in that time, or than 1/SEND_SHARE of what waits, is gone, too, unless it
+takes all. So 60 MB are taken in an hour and a half, or not at all."""
 MOST_RETRY_SECONDS: Final = 120
 
 

@@ -110,7 +110,8 @@ def test_the_page_of_serving_has_the_limits_of_the_code(serving: str) -> None:
     assert values["`stop`"] == f"{limits.MOST_STOPS} texts of {limits.MOST_STOP_CHARACTERS} characters"
     assert values["`logit_bias`"] == f"{limits.MOST_BIASES} entries"
     assert values["tools"].startswith(f"{limits.MOST_TOOLS}, ")
-    slow = f"a client that takes less than {limits.SEND_BYTES >> 10} KiB of what waits"
+    slow = f"a client that takes less than {limits.SEND_BYTES >> 10} KiB, or a sixteenth, of what waits"
+    assert limits.SEND_SHARE == 16
     assert values[slow] == f"{limits.SEND_SECONDS:g} s"
     assert values["the rest of a body behind its answer"] == f"{REST_BYTES >> 20} MiB, and {REST_SECONDS:g} s"
     assert values["connections"] == f"half of `ulimit -n`, {MOST_CONNECTIONS}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +28,7 @@ from ...inputs.printable import name_as_text
 from ...models.config import ModelConfig
 from ...models.inventory import Inventory, take_inventory
 from ...models.rope import table_bytes
+from ...parallel.collector import collector_paused
 from ...quant.scales import Method
 from ...recipes.reading import load_recipe
 from ...recipes.recipe import STORED, Recipe, Target
@@ -108,20 +107,7 @@ class Prepared:
         }
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection: a plan is a million objects that all stay, and scanning them again and again takes as
-    long as making them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
+@collector_paused()
 def prepare(
     opened: Path | Checkpoint,
     recipe: str | Path | None,

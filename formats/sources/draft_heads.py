@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 from ...models.config import ModelConfig
 from ...models.family import Block
-from ...quant.stored_rows import StoredRows
-from .stored_linear import StoredLinear
-from .weights import DerivedWeight, RowBytes, Weight, WeightSource
+from .weights import DerivedWeight, Weight, WeightSource
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +24,6 @@ class SharedWeight(DerivedWeight):
     """A `Weight` read a second time under another name."""
 
     name: str
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        return self.inner.stored_names
-
-    @property
-    def block_rows(self) -> int:
-        return self.inner.block_rows
-
-    @property
-    def held_bytes(self) -> int:
-        return self.inner.held_bytes
-
-    @property
-    def linear(self) -> StoredLinear | None:
-        return self.inner.linear
-
-    def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
-        return self.inner.rows(start, stop)
-
-    def view(self) -> Tensor | None:
-        return self.inner.view()
-
-    def row_bytes(self) -> RowBytes | None:
-        return self.inner.row_bytes()
 
 
 def missing_heads(source: WeightSource, config: ModelConfig) -> list[str]:

@@ -15,7 +15,6 @@ from ...errors import CheckpointError
 from ...models.roles import Role
 from ...models.tensors import Spec
 from ...quant.stored_rows import StoredRows
-from .stored_linear import StoredLinear
 from .weights import DerivedWeight, RowBytes, Weight, WeightSource
 
 if TYPE_CHECKING:
@@ -69,22 +68,6 @@ class IndexTable(DerivedWeight):
     @property
     def name(self) -> str:
         return self.inner.name
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        return self.inner.stored_names
-
-    @property
-    def block_rows(self) -> int:
-        return self.inner.block_rows
-
-    @property
-    def held_bytes(self) -> int:
-        return self.inner.held_bytes
-
-    @property
-    def linear(self) -> StoredLinear | None:
-        return self.inner.linear
 
     def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
         stored = self.inner.rows(start, stop)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from ...deferred import torch
 from ...quant.rotation import Rotation
@@ -84,12 +84,18 @@ class RewrittenWeight(DerivedWeight):
     gains: _Gains
     # Per thread: name and rows of the last weight with rotated outputs, for its next chunk.
     last: threading.local
-    block_rows: ClassVar[int] = 1
-    linear: ClassVar[None] = None
 
     @property
     def name(self) -> str:
         return self.inner.name
+
+    @property
+    def block_rows(self) -> int:
+        return 1
+
+    @property
+    def linear(self) -> None:
+        return None
 
     @property
     def stored_names(self) -> tuple[str, ...]:

@@ -142,6 +142,31 @@ class DerivedWeight:
     def file(self) -> Path:
         return self.inner.file
 
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        return self.inner.stored_names
+
+    @property
+    def block_rows(self) -> int:
+        return self.inner.block_rows
+
+    @property
+    def held_bytes(self) -> int:
+        return self.inner.held_bytes
+
+    @property
+    def linear(self) -> StoredLinear | None:
+        return self.inner.linear
+
+    def rows(self, start: int = 0, stop: int | None = None) -> StoredRows:
+        return self.inner.rows(start, stop)
+
+    def view(self) -> Tensor | None:
+        return self.inner.view()
+
+    def row_bytes(self) -> RowBytes | None:
+        return self.inner.row_bytes()
+
 
 @dataclass(frozen=True)
 class RowBytes:

@@ -54,8 +54,7 @@ class Access:
 
     def check(self, headers: Headers, path: str) -> bytes | None:
         """The digest of the key that a request brings; None where none is needed. Raises ApiError."""
-        if "transfer-encoding" in headers and "content-length" in headers:
-            # A proxy that goes by the other length would take the rest of the body for somebody's next request.
+        if has_two_lengths(headers):
             raise ApiError(400, "a body has one length: not both of two headers", headers={"Connection": "close"})
         host = headers.get("host", "")
         if self.hosts and _without_port(host) not in self.hosts:
@@ -79,6 +78,11 @@ class Access:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return found[0]
+
+
+def has_two_lengths(headers: Headers) -> bool:
+    """True for a body of which a proxy, going by the other length, would take the rest for somebody's next request."""
+    return "transfer-encoding" in headers and "content-length" in headers
 
 
 def loopback_hosts() -> tuple[str, ...]:

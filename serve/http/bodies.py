@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
 
 from ...inputs.printable import error_line
+from ...parallel.collector import collector_paused
 from ..limits import BODY_SECONDS
 from .errors import ApiError, bad_request
 
 T = TypeVar("T")
-
-_decoding: Final = Lock()
 
 
 async def read_body(http: HttpRequest, most: int) -> bytes:
@@ -54,7 +49,7 @@ def _too_long(most: int) -> ApiError:
 def decode(body: bytes, kind: type[T]) -> T:
     """Decode a body as `kind`. Raises ApiError, status 400, with the path of the field at fault."""
     try:
-        with _without_collections():
+        with collector_paused():
             return msgspec.json.decode(body, type=kind)
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
@@ -62,22 +57,6 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise bad_request(error_line(error), _field(str(error))) from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise bad_request(f"the body is not valid JSON: {error_line(error)}") from None
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Let Python's collector wait: it would look at millions of new lists again and again, with all threads held.
-
-    One thread at a time, as in decoding, which lets no other run.
-    """
-    with _decoding:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()
 
 
 def unknown_fields(body: bytes, kind: type[msgspec.Struct]) -> int:

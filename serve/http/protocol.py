@@ -9,7 +9,7 @@ from typing import Any, Final
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..limits import SEND_BYTES, SEND_SECONDS
+from ..limits import SEND_BYTES, SEND_SECONDS, SEND_SHARE
 from .documents import encoded
 from .errors import bad_request
 
@@ -64,11 +64,12 @@ class Protocol(H11Protocol):
             self._rest_bytes += len(data)
             if self.conn.their_state is not h11.SEND_BODY:
                 self._stop_rest()
+                self._keep_alive()
             elif self._rest_bytes > REST_BYTES:
                 self.transport.abort()
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
-        elif self._head is None:
+        elif self._head is None and self.timeout_keep_alive_task is None:
             self._head = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def on_response_complete(self) -> None:
@@ -108,12 +109,21 @@ class Protocol(H11Protocol):
         `before`: a client that takes a few of them now and then would hold an answer in memory for days.
         """
         left = self.transport.get_write_buffer_size()
+        least = max(SEND_BYTES, before // SEND_SHARE)
         grows = not (self.flow.write_paused or self.transport.is_closing())  # then `left` does not tell what was taken
-        if before and left > before - SEND_BYTES and not self._took and not grows:
+        if before and left > before - least and not self._took and not grows:
             self.transport.abort()
             return
         self._took = False
         self._taking = self.loop.call_later(SEND_SECONDS, self._check_taking, 0 if grows else left)
+
+    def _keep_alive(self) -> None:
+        """Let a connection whose body has come to its end wait for another request, as uvicorn does behind others."""
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _stop_waiting(self) -> None:
         if self._head is not None:

@@ -33,7 +33,7 @@ function request() {
     messages.push({ role: "user", content: turn.question });
     if (turn !== turns.at(-1)) messages.push({ role: "assistant", content: turn.content });
   }
-  const body = { model: model.id, messages, stream: true, stream_options: { include_usage: true } };
+  const body = { model: model.id, messages, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   for (const name of ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"])
     if (setting(name) !== "") body[name] = Number(setting(name));
   const reasoning = setting("reasoning");
@@ -64,7 +64,7 @@ async function answer(view) {
   const turn = turns.at(-1);
   const started = performance.now();
   let first = null;
-  let chunks = 0;
+  let tokens = 0;
   running = new AbortController();
   showRunning();
   const numbers = { finish: null };
@@ -84,14 +84,17 @@ async function answer(view) {
       if (!choice) continue;
       const content = choice.delta?.content || "";
       const reasoning = choice.delta?.reasoning_content ?? choice.delta?.reasoning ?? "";
+      tokens += choice.token_ids?.length ?? 0;
       if (choice.finish_reason) numbers.finish = choice.finish_reason;
       if (!content && !reasoning) continue;
       const now = performance.now();
-      first ??= now;
+      if (first === null) {
+        first = now;
+        tokens = 0; // the speed is that of those behind the first
+      }
       turn.content += content;
       turn.reasoning += reasoning;
-      chunks++;
-      if (chunks > 2) live = chunks / ((now - first) / 1000);
+      if (tokens > 0) live = tokens / ((now - first) / 1000);
       view.update();
     }
     if (!numbers.finish) throw new Error("the answer broke off");

@@ -68,7 +68,7 @@ class TurnView {
 }
 
 let views = [];
-let live = null; // tokens a second of the answer that comes, as far as chunks tell
+let live = null; // tokens a second of the answer that comes
 
 function button(text, action) {
   const made = element("button", "", text);

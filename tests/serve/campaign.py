@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from listening import start_document
 
 import npuq.runtime
 from npuq.runtime import LanguageModel, SamplingParams
@@ -237,13 +238,7 @@ def run(
     server: subprocess.Popen[str], cases: list[tuple[dict[str, Any], list[str]]], number: int, seconds: float
 ) -> tuple[list[Client], Memory]:
     """Let so many clients ask a server that starts: the clients, and its memory."""
-    assert server.stdout is not None
-    text = ""
-    while not text.endswith("}\n"):
-        line = server.stdout.readline()
-        assert line, "the server did not start"
-        text += line
-    url = json.loads(text)["url"]
+    url = start_document(server.stdout)["url"]
     fill_cache(url)
     with openai.OpenAI(base_url=url, api_key="none") as alone:
         cases = cases + [(asked, answer(alone, asked)) for asked in other_requests()]

@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from listening import start_document
+
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 512
 PIECE = 1100  # characters: fewer tokens than the context
@@ -38,13 +40,7 @@ def main() -> None:
     command = [options.npuq, "serve", options.model, "--port", "0", "--json", "--quiet"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert server.stdout is not None
-        head = ""
-        while not head.endswith("}\n"):
-            line = server.stdout.readline()
-            assert line, "the server did not start"
-            head += line
-        url = json.loads(head)["url"]
+        url = start_document(server.stdout)["url"]
         found = harness_likelihoods(url, options.model, documents)
     finally:
         server.send_signal(signal.SIGTERM)

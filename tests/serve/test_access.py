@@ -84,9 +84,12 @@ def test_a_foreign_page_gets_nothing(keyed: Running, server: Running) -> None:
     assert "access-control-allow-origin" not in asked.headers
 
 
-def test_a_body_with_two_lengths_is_refused(keyed: Running) -> None:
+@pytest.mark.parametrize("asked", ["POST", "OPTIONS"])
+def test_a_body_with_two_lengths_is_refused(keyed: Running, asked: str) -> None:
     """A proxy and the server could take different ends for it: what follows would be somebody's next request."""
-    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\napi-key: key-1\r\nContent-Length: 4"
+    head = f"{asked} /tokenize HTTP/1.1\r\nHost: localhost\r\napi-key: key-1\r\nContent-Length: 4".encode()
+    if asked == "OPTIONS":
+        head += f"\r\nOrigin: {PAGE}\r\nAccess-Control-Request-Method: POST".encode()
     inner = b"GET /version HTTP/1.1\r\nHost: localhost\r\napi-key: key-1\r\n\r\n"
     with socket.create_connection(("127.0.0.1", keyed.port), timeout=SECONDS) as connection:
         connection.sendall(head + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ import campaign
 import openai
 import pytest
 from json_schemas import check
+from listening import start_document
 from serving import SECONDS, wait_for
 
 from npuq.runtime import LanguageModel
@@ -54,13 +54,7 @@ class Server:
     @cached_property
     def start(self) -> dict[str, Any]:
         """What it says when it listens."""
-        assert self.process.stdout is not None
-        text = ""
-        while not text.endswith("}\n"):
-            line = self.process.stdout.readline()
-            assert line, self.lines
-            text += line
-        found: dict[str, Any] = json.loads(text)
+        found = start_document(self.process.stdout)
         check("serve", found)
         return found
 

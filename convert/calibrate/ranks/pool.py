@@ -19,6 +19,8 @@ from .values import decoded, encoded
 _NOTHING: Final = torch.empty(0, dtype=torch.uint8)
 _FIRST_BYTES: Final = 1024
 _LENGTH_BYTES: Final = 8
+_COPIES_BYTES: Final = 64 << 20
+"""Of a tensor that some ranks read: as many get it at once, or one, for the sender has a copy for each."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -153,14 +155,17 @@ class RankedPool:
         if readers is None or readers >= self.size:
             self._group.broadcast(tensor.view(-1).view(torch.uint8), rank)
             return tensor
-        takers = [reader != rank and reader < readers for reader in range(self.size)]
-        nbytes = tensor.nbytes
-        sent = torch.empty(0, dtype=torch.uint8)
-        counts = [0] * self.size
-        if rank == self.rank:
-            flat = tensor.view(-1).view(torch.uint8)
-            sent = flat.expand(sum(takers), -1).flatten()
-            counts = [nbytes * taker for taker in takers]
-        taken = [nbytes if takers[self.rank] and sender == rank else 0 for sender in range(self.size)]
-        found = self._group.all_to_all_rows(sent, counts, taken)
-        return found.view(tensor.dtype).view(tensor.shape) if takers[self.rank] else tensor
+        takers, nbytes = [reader for reader in range(readers) if reader != rank], tensor.nbytes
+        at_once = max(1, _COPIES_BYTES // max(1, nbytes))
+        for start in range(0, len(takers), at_once):
+            some = takers[start : start + at_once]
+            sent, counts, taken = torch.empty(0, dtype=torch.uint8), [0] * self.size, [0] * self.size
+            if rank == self.rank:
+                sent = tensor.view(-1).view(torch.uint8).expand(len(some), -1).flatten()
+                counts = [nbytes if reader in some else 0 for reader in range(self.size)]
+            elif self.rank in some:
+                taken[rank] = nbytes
+            found = self._group.all_to_all_rows(sent, counts, taken)
+            if self.rank in some:
+                tensor = found.view(tensor.dtype).view(tensor.shape)
+        return tensor
